@@ -1,0 +1,459 @@
+"""Rollout: sample K completions for every prompt, verify them, and store the trajectories.
+
+    python rollout.py --data toy/train.jsonl --out runs/mine/rollouts/train.safetensors
+    python rollout.py --data toy/test-rev.jsonl --samples 4 --out runs/mine/test-rev.safetensors   # evaluation
+
+Reads   a Hugging Face model folder and a jsonl file with the columns `prompt` and `answer`.
+Writes  one safetensors file of M = N*K trajectories, end to end, the K of a prompt side by side:
+
+    tokens         int32   (T,)    prompt + completion ids of every trajectory; never re-tokenised text
+    offsets        int64   (M+1,)  trajectory m is tokens[offsets[m]:offsets[m+1]]
+    prompt_length  int32   (M,)    its first prompt_length[m] tokens are the prompt
+    behavior_logps float32 (T',)   log β(a_t|h_t), one per completion token
+    rewards        float32 (M,)    the verifier's verdict
+    prompt_index   int32   (M,)    row of the data file
+    truncated      uint8   (M,)    1 where max_tokens cut the completion off before its end token
+
+This is the first script of five (rollout -> train -> project -> select -> cropi) and the only one that all the others
+import, so it also holds what they share: the error for bad input, the files, the model, the verifiable rewards.
+
+The policy is softmax(logits / temperature) everywhere: here, in the GRPO step and in the influence estimate. There is
+no top-p and no top-k, since both would bend the ratios π/β that the off-policy gradient is made of (equation 2).
+
+A completion depends on (seed, prompt_index, sample) alone: not on batch size or the order of the prompts, beyond
+rounding. Evaluation is this script on a test set: accuracy is the mean reward of a trajectory file.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import torch
+import typer
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
+
+logging.disable_progress_bar()  # transformers' own bars, one per file read or written
+FORMAT = "cropi/1"  # version of every file that the five scripts write
+TOY = Path(os.path.relpath(Path(__file__).resolve().parent / "toy"))  # the bundled world: the default paths
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Bad input
+
+
+class BadInput(Exception):
+    """The user can mend this: one line that names the thing and the way out, exit code 2, nothing overwritten."""
+
+
+def command_line(app: typer.Typer) -> None:
+    """Run a script's command line. `BadInput` becomes one line; a bug keeps its traceback."""
+    try:
+        app()
+    except BadInput as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def new_app(**options) -> typer.Typer:
+    return typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None, **options)
+
+
+def require(condition: bool, message: str) -> None:
+    if not condition:
+        raise BadInput(message)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files: what is written is whole, and says what it was made from
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """Yields a temporary name beside `path` (file or folder), renamed to `path` if the block ends without an error."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        yield temporary
+        if path.is_dir():
+            shutil.rmtree(path)
+        os.replace(temporary, path)
+    finally:
+        if temporary.is_dir():
+            shutil.rmtree(temporary)
+        temporary.unlink(missing_ok=True)
+
+
+def digest(path: Path) -> str:
+    """SHA-256 of a file, or of a model folder (its config, tokenizer and weights)."""
+    files = [path] if path.is_file() else sorted(f for f in path.glob("*") if f.suffix in {".json", ".safetensors"})
+    sha = hashlib.sha256()
+    for file in files:
+        with open(file, "rb") as f:
+            sha.update(file.name.encode() + hashlib.file_digest(f, "sha256").digest())
+    return sha.hexdigest()[:16]
+
+
+def save_tensors(path: Path, kind: str, tensors: dict[str, np.ndarray], metadata: dict) -> None:
+    """Write a safetensors file of one of our kinds. `metadata` values are stored as JSON strings."""
+    with whole_file(path) as temporary:
+        save_file(tensors, temporary, file_metadata(kind, metadata))
+
+
+def file_metadata(kind: str, metadata: dict) -> dict[str, str]:
+    return {"format": FORMAT, "kind": kind} | {key: json.dumps(value, default=str) for key, value in metadata.items()}
+
+
+def open_tensors(path: Path, kind: str) -> tuple[safe_open, dict]:
+    """Open one of our files for lazy reading.
+
+    Returns:
+        the open file (`get_tensor`, `get_slice`) and its metadata, decoded.
+    Raises:
+        BadInput: missing, cut short, not safetensors, of another kind or another format version.
+    """
+    require(path.is_file(), f"{path}: no such file")
+    try:
+        file = safe_open(path, framework="np")
+    except SafetensorError as error:
+        raise BadInput(f"{path} is not a whole safetensors file ({error}); write it again") from None
+    metadata = dict(file.metadata() or {})
+    found = f"{metadata.pop('kind', 'an unknown file')} ({metadata.pop('format', 'no format')})"
+    require(found == f"{kind} ({FORMAT})", f"{path} holds {found}, where {kind} ({FORMAT}) is needed")
+    return file, {key: json.loads(value) for key, value in metadata.items()}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Prompts and models
+
+
+def load_prompts(path: Path) -> list[dict]:
+    """Rows of a jsonl file. Each has the strings `prompt` and `answer`; other columns go to the reward function."""
+    require(path.is_file(), f"{path}: no such data file")
+    rows = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise BadInput(f"{path}, line {number}: not JSON ({error})") from None
+        for column in ("prompt", "answer"):
+            given = isinstance(row, dict) and isinstance(row.get(column), str) and row[column] != ""
+            require(given, f"{path}, line {number}: no {column!r} (a string that is not empty)")
+        rows.append(row)
+    require(bool(rows), f"{path}: no prompts in it")
+    return rows
+
+
+def load_model(path: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A causal language model in float32 and evaluation mode (dropout off), with its tokenizer."""
+    require((path / "config.json").is_file(), f"{path}: no model folder here (it has no config.json)")
+    try:
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise BadInput(f"{path}: cannot load this model ({str(error).splitlines()[0]})") from None
+    return model.eval(), tokenizer
+
+
+def lineage(model: PreTrainedModel, path: Path) -> list[str]:
+    """Digests of this model and of those it was trained from (`train.py` notes them in config.json).
+
+    Trajectories belong to a model if they were sampled by one of these: off-policy, but not foreign.
+    """
+    return [*getattr(model.config, "cropi_ancestors", []), digest(path)]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Verifiable rewards, in TRL's form: reward(prompts, completions, **columns) -> list of floats
+
+
+def exact(prompts: Sequence[str], completions: Sequence[str], answer: Sequence[str], **columns) -> list[float]:
+    """1.0 where the completion is the answer, up to surrounding white space."""
+    return [float(c.strip() == a.strip()) for c, a in zip(completions, answer, strict=True)]
+
+
+REWARDS: dict[str, Callable[..., list[float]]] = {"exact": exact}
+
+
+def verify(reward: str, rows: Sequence[dict], completions: Sequence[str]) -> np.ndarray:
+    """Rewards (M,) float32 of M completions, `rows[m]` being the data row of completion m."""
+    require(reward in REWARDS, f"reward {reward!r} is unknown (there is: {', '.join(REWARDS)})")
+    columns = {name: [row.get(name) for row in rows] for name in rows[0]}
+    return np.array(REWARDS[reward](columns.pop("prompt"), completions, **columns), np.float32)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The engine
+
+
+@dataclass
+class Completion:
+    tokens: np.ndarray  # (C,) int32, the end token included
+    logps: np.ndarray  # (C,) float32, under the tempered policy that sampled it
+    truncated: bool
+
+
+class TransformersEngine:
+    """Batched sampling with a KV cache, on any causal language model of transformers.
+
+    The prompt is computed once for its K completions, and a sequence that has ended leaves the batch.
+    """
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_tokens: int = 16384):
+        self.model, self.batch_tokens = model, batch_tokens
+        ends = model.generation_config.eos_token_id
+        ends = tokenizer.eos_token_id if ends is None else ends
+        self.end_tokens = torch.tensor(ends, device=model.device).reshape(-1)
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        samples: int,
+        max_tokens: int,
+        temperature: float,
+        seeds: Sequence[Sequence[int]],
+        progress: str | None = None,
+    ) -> list[list[Completion]]:
+        """`samples` completions for each of the prompts.
+
+        Args:
+            prompts: token ids.
+            max_tokens: longest completion, in tokens, the end token included.
+            seeds: of prompt i: its random numbers are those of numpy's default_rng(seeds[i]).
+            progress: title of the progress bar, if there is to be one.
+        Raises:
+            BadInput: NaN or infinity in the logits.
+        """
+        done: list[list[Completion]] = [[] for _ in prompts]
+        with tqdm(total=len(prompts), desc=progress, unit="prompt", disable=None if progress else True) as bar:
+            for batch in self._batches([len(p) + max_tokens for p in prompts], samples):
+                uniforms = [np.random.default_rng(seeds[i]).random((samples, max_tokens), np.float32) for i in batch]
+                try:
+                    completions = self._generate([prompts[i] for i in batch], np.concatenate(uniforms), temperature)
+                except FloatingPointError as error:
+                    raise BadInput(f"logits are not finite at prompt {batch[error.args[0] // samples]}") from None
+                for j, i in enumerate(batch):
+                    done[i] = completions[j * samples : (j + 1) * samples]
+                bar.update(len(batch))
+        return done
+
+    def _batches(self, widths: list[int], samples: int) -> Iterator[list[int]]:
+        """Prompts of like length together, at most `batch_tokens` cache slots (or one prompt) a batch."""
+        batch: list[int] = []
+        for i in sorted(range(len(widths)), key=widths.__getitem__):
+            if batch and (len(batch) + 1) * samples * widths[i] > self.batch_tokens:
+                yield batch
+                batch = []
+            batch.append(i)
+        yield batch
+
+    @torch.inference_mode()
+    def _generate(self, prompts: list[Sequence[int]], uniforms: np.ndarray, temperature: float) -> list[Completion]:
+        """One batch: P prompts, uniforms (P*K, C) in [0, 1), one for each token that may be sampled."""
+        device = self.model.device
+        rows, max_tokens = uniforms.shape
+        samples = rows // len(prompts)
+        random = torch.from_numpy(uniforms).to(device)
+        ids, mask = pad_left(prompts, device)  # (P, L)
+        positions = (mask.cumsum(1) - 1).clamp(min=0)
+        cache = DynamicCache(config=self.model.config)
+        logits = self.model(ids, mask, positions, cache, use_cache=True, logits_to_keep=1).logits[:, -1]  # (P, V)
+        # (P, ...) -> (P*K, ...): from here on every sample is a sequence of its own
+        logits, mask, position = (x.repeat_interleave(samples, 0) for x in (logits, mask, positions[:, -1:] + 1))
+        cache.batch_repeat_interleave(samples)
+        alive = torch.arange(rows, device=device)  # row of each sequence that has not ended
+        tokens = torch.zeros(rows, max_tokens, dtype=torch.int32, device=device)
+        logps = torch.zeros(rows, max_tokens, device=device)
+        length = torch.full((rows,), max_tokens, device=device)
+        truncated = torch.ones(rows, dtype=torch.bool, device=device)
+        for t in range(max_tokens):
+            logp = torch.log_softmax(logits.float() / temperature, -1)  # (A, V), A sequences alive
+            cdf = logp.exp().cumsum(-1)
+            finite = torch.isfinite(cdf[:, -1])
+            if not finite.all():
+                raise FloatingPointError(int(alive[~finite][0]))
+            # The inverse of the cumulative distribution at a uniform number: an exact sample, whatever the batch.
+            token = torch.searchsorted(cdf, random[alive, t, None] * cdf[:, -1:], right=True)  # (A, 1)
+            tokens[alive, t] = token[:, 0].int()
+            logps[alive, t] = logp.gather(1, token)[:, 0]
+            ended = torch.isin(token[:, 0], self.end_tokens)
+            length[alive[ended]] = t + 1
+            truncated[alive[ended]] = False
+            if t + 1 == max_tokens or ended.all():
+                break
+            if ended.any():
+                keep = (~ended).nonzero()[:, 0]
+                alive, token, mask, position = alive[keep], token[keep], mask[keep], position[keep]
+                cache.batch_select_indices(keep)
+            mask = torch.cat([mask, mask.new_ones(len(alive), 1)], 1)
+            logits = self.model(token, mask, position, cache, use_cache=True).logits[:, -1]
+            position = position + 1
+        parts = zip(tokens.cpu().numpy(), logps.cpu().numpy(), length.tolist(), truncated.tolist(), strict=True)
+        return [Completion(ids[:n], logp[:n], cut) for ids, logp, n, cut in parts]
+
+
+def pad_left(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids (B, L) and mask (B, L), int64, of sequences that all end in the last column."""
+    width = max(map(len, rows))
+    ids = torch.zeros(len(rows), width, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for i, row in enumerate(rows):
+        ids[i, width - len(row) :] = torch.as_tensor(row)
+        mask[i, width - len(row) :] = 1
+    return ids.to(device), mask.to(device)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Trajectories
+
+
+@dataclass
+class Trajectories:
+    """What a trajectory file holds (shapes at the head of this file).
+
+    `tokens` and `behavior_logps` of an opened file stay on disk until they are sliced.
+    """
+
+    tokens: np.ndarray
+    offsets: np.ndarray
+    prompt_length: np.ndarray
+    behavior_logps: np.ndarray
+    rewards: np.ndarray
+    prompt_index: np.ndarray
+    truncated: np.ndarray
+    metadata: dict
+
+    def __post_init__(self):
+        lengths = np.diff(self.offsets) - self.prompt_length  # (M,) of the completions
+        self.logp_offsets = np.concatenate([[0], np.cumsum(lengths)])
+
+    def prompt(self, m: int) -> np.ndarray:
+        return self.tokens[self.offsets[m] : self.offsets[m] + self.prompt_length[m]]
+
+    def completion(self, m: int) -> np.ndarray:
+        return self.tokens[self.offsets[m] + self.prompt_length[m] : self.offsets[m + 1]]
+
+    def logps(self, m: int) -> np.ndarray:
+        return self.behavior_logps[self.logp_offsets[m] : self.logp_offsets[m + 1]]
+
+    def groups(self) -> dict[int, np.ndarray]:
+        """prompt_index -> rows (K,) of its trajectories."""
+        order = np.argsort(self.prompt_index, kind="stable")
+        prompts, starts = np.unique(self.prompt_index[order], return_index=True)
+        return dict(zip(prompts.tolist(), np.split(order, starts[1:]), strict=True))
+
+    def live_groups(self) -> dict[int, np.ndarray]:
+        """The groups whose rewards differ. In all others every advantage, so the gradient, is exactly 0."""
+        return {i: rows for i, rows in self.groups().items() if np.ptp(self.rewards[rows]) > 0}
+
+    def pass_rates(self) -> dict[int, float]:
+        """prompt_index -> mean reward of its trajectories."""
+        return {i: float(self.rewards[rows].mean()) for i, rows in self.groups().items()}
+
+
+def sample_trajectories(
+    engine: TransformersEngine,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[dict],
+    prompt_index: Sequence[int],
+    *,
+    samples: int,
+    max_tokens: int,
+    temperature: float,
+    reward: str,
+    seed: Sequence[int],
+    progress: str | None = None,
+) -> Trajectories:
+    """K = `samples` verified trajectories for each of N prompts; `rows[n]` has the index `prompt_index[n]`."""
+    prompts = tokenizer([row["prompt"] for row in rows], add_special_tokens=False).input_ids
+    seeds = [[*seed, i] for i in prompt_index]
+    groups = engine.generate(prompts, samples, max_tokens, temperature, seeds, progress)
+    completions = [c for group in groups for c in group]  # (M,)
+    texts = tokenizer.batch_decode([c.tokens for c in completions], skip_special_tokens=True)
+    prompt_length = np.repeat(np.array([len(p) for p in prompts], np.int32), samples)
+    lengths = prompt_length + np.array([len(c.tokens) for c in completions])
+    pieces = [piece for p, group in zip(prompts, groups, strict=True) for c in group for piece in (p, c.tokens)]
+    return Trajectories(
+        tokens=np.concatenate(pieces).astype(np.int32),
+        offsets=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
+        prompt_length=prompt_length,
+        behavior_logps=np.concatenate([c.logps for c in completions]).astype(np.float32),
+        rewards=verify(reward, [row for row in rows for _ in range(samples)], texts),
+        prompt_index=np.repeat(np.asarray(prompt_index, np.int32), samples),
+        truncated=np.array([c.truncated for c in completions], np.uint8),
+        metadata={},
+    )
+
+
+TENSORS = ("tokens", "offsets", "prompt_length", "behavior_logps", "rewards", "prompt_index", "truncated")
+
+
+def open_trajectories(path: Path) -> Trajectories:
+    file, metadata = open_tensors(path, "trajectories")
+    lazy = {"tokens", "behavior_logps"}
+    return Trajectories(
+        **{name: file.get_slice(name) if name in lazy else file.get_tensor(name) for name in TENSORS}, metadata=metadata
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command
+
+app = new_app()
+
+
+@app.command(help=__doc__.splitlines()[0])
+def rollout(
+    out: Annotated[Path, typer.Option(help="Trajectory file to write.")],
+    model: Annotated[Path, typer.Option(help="Model folder of the policy that samples.")] = TOY / "model",
+    data: Annotated[Path, typer.Option(help="jsonl file with the columns prompt and answer.")] = TOY / "train.jsonl",
+    samples: Annotated[int, typer.Option(help="K, completions per prompt.")] = 8,
+    temperature: Annotated[float, typer.Option(help="The policy is softmax(logits / temperature).")] = 1.0,
+    max_tokens: Annotated[int, typer.Option(help="Longest completion, in tokens.")] = 8,
+    reward: Annotated[str, typer.Option(help="Verifiable reward: exact.")] = "exact",
+    batch_tokens: Annotated[int, typer.Option(help="KV cache slots per batch; lower it if memory runs out.")] = 16384,
+    seed: Annotated[int, typer.Option(help="Of the samples.")] = 0,
+) -> Trajectories:
+    rows = load_prompts(data)
+    require(samples >= 1, f"--samples {samples}: at least 1 completion per prompt is needed")
+    require(temperature > 0, f"--temperature {temperature}: it must be above 0")
+    require(max_tokens >= 1, f"--max-tokens {max_tokens}: it must be at least 1")
+    require(reward in REWARDS, f"--reward {reward}: unknown (there is: {', '.join(REWARDS)})")
+    options = {"samples": samples, "temperature": temperature, "max_tokens": max_tokens, "reward": reward, "seed": seed}
+    policy, tokenizer = load_model(model)
+    trajectories = sample_trajectories(
+        TransformersEngine(policy, tokenizer, batch_tokens),
+        tokenizer,
+        rows,
+        range(len(rows)),
+        samples=samples,
+        max_tokens=max_tokens,
+        temperature=temperature,
+        reward=reward,
+        seed=[seed],
+        progress=f"rollout {data.stem}",
+    )
+    trajectories.metadata = {"model": digest(model), "data": digest(data), "prompts": len(rows), "options": options}
+    tensors = {name: getattr(trajectories, name) for name in TENSORS}
+    save_tensors(out, "trajectories", tensors, trajectories.metadata)
+    live = len(trajectories.live_groups())
+    print(
+        f"{out}: {len(rows)} prompts x {samples}, mean reward {trajectories.rewards.mean():.3f}, "
+        f"{live} live prompts, {trajectories.truncated.mean():.1%} truncated"
+    )
+    return trajectories
+
+
+if __name__ == "__main__":
+    command_line(app)
