@@ -28,6 +28,7 @@ import hashlib
 import json
 import os
 import shutil
+import struct
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -113,6 +114,34 @@ def save_tensors(path: Path, kind: str, tensors: dict[str, np.ndarray], metadata
 
 def file_metadata(kind: str, metadata: dict) -> dict[str, str]:
     return {"format": FORMAT, "kind": kind} | {key: json.dumps(value, default=str) for key, value in metadata.items()}
+
+
+HEADER_BYTES = 1 << 14
+
+
+@contextmanager
+def save_rows(
+    path: Path, kind: str, name: str, shape: tuple[int, int], columns: dict[str, np.ndarray], metadata: dict
+) -> Iterator[Callable[[np.ndarray], None]]:
+    """Stream the rows of one large float32 tensor (N, k) to a safetensors file, so that it never stands in memory.
+
+    Yields a function that takes the next rows (n, k). What the caller puts into `columns` and `metadata` meanwhile is
+    written after them. The format is an 8-byte header length, the header (JSON, padded with spaces), then the data.
+    """
+    dtypes = {"float32": "F32", "int32": "I32"}
+    with whole_file(path) as temporary, open(temporary, "wb") as file:
+        file.write(bytes(HEADER_BYTES))
+        yield lambda rows: file.write(rows.astype(np.float32).tobytes())
+        end = 4 * shape[0] * shape[1]
+        header = {name: {"dtype": "F32", "shape": shape, "data_offsets": (0, end)}}
+        for column, values in columns.items():
+            header[column] = {"dtype": dtypes[str(values.dtype)], "shape": values.shape}
+            header[column]["data_offsets"] = (end, end := end + values.nbytes)
+            file.write(values.tobytes())
+        text = json.dumps({"__metadata__": file_metadata(kind, metadata)} | header).encode()
+        assert file.tell() == HEADER_BYTES + end and len(text) <= HEADER_BYTES - 8
+        file.seek(0)
+        file.write(struct.pack("<Q", HEADER_BYTES - 8) + text.ljust(HEADER_BYTES - 8))
 
 
 def open_tensors(path: Path, kind: str) -> tuple[safe_open, dict]:

@@ -1,0 +1,238 @@
+"""Project: the off-policy policy gradient of every prompt, sketched to k dimensions.
+
+    python project.py --model runs/mine/stage-00/model --trajectories runs/mine/rollouts/train.safetensors \\
+                      --out runs/mine/stage-01/gradients-train.safetensors
+
+Reads   the current model θ and a trajectory file, whose trajectories the behavior policy β sampled.
+Writes  one row per live prompt (one whose rewards differ; all other gradients are exactly 0):
+
+    sketch       float32 (N,k)  g̃(x;θ), equation 3
+    prompt_index int32   (N,)   row of the data file that the trajectories belong to
+    grad_norm    float32 (N,)   ‖g̃‖/√r, which estimates ‖ĝ‖
+    pass_rate    float32 (N,)   mean reward under β
+    ess          float32 (N,)   effective sample size of the ratios, (Σρ)²/(nΣρ²) over the prompt's n tokens, in (0, 1]
+
+For prompt x with K trajectories τ_k ~ β, tokens a_kt and histories h_kt, the gradient is that of the objective in
+`train.py` without clipping, with the stored trajectories in place of fresh ones:
+
+    ĝ(x;θ) = 1/K Σ_k 1/|τ_k| Σ_t ρ_kt Â_k ∇log π_θ(a_kt|h_kt),    ρ_kt = π_θ(a_kt|h_kt) / β(a_kt|h_kt)           (2)
+    g̃(x;θ) = P M ĝ(x;θ)                                                                                       (3)
+
+M keeps every coordinate with probability r, independently. P (k × d) has a single ±1 per column: kept coordinate j is
+added to bucket b(j) with sign s(j). Then E⟨g̃, g̃'⟩ = r⟨ĝ, ĝ'⟩, and a common factor changes no cosine.
+
+How many prompts share a batch though each needs a gradient of its own: the weight gradient of a linear layer
+y = Wa + b is Σ_t δ_t a_tᵀ (and Σ_t δ_t for the bias), a sum over tokens of the layer's input a_t and the objective's
+gradient δ_t at its output. Hooks catch both for the whole batch, and one batched matrix product sums them prompt by
+prompt, (P, O, T) x (P, T, I) -> (P, O, I). The weights are frozen, so that product replaces the one with which autograd
+would have made the summed weight gradient: a gradient per prompt costs no more than the backward pass it rides on.
+
+What is covered: weights and biases of every nn.Linear, so all of the network but the token embedding and the norms'
+gains (1.6% of the toy's parameters). An output head tied to the embedding is covered as a head.
+
+Deviations:
+ 1. The paper's P is dense. One ±1 per column costs O(d) instead of O(dk) with the same expectation.
+ 2. Bucket and sign are drawn by layer: the kept coordinates of a layer are put in random order and dealt out to the
+    buckets one after the other, going on where the layer before stopped. So a bucket is uniform and any two coordinates
+    of different layers meet with probability 1/k, as with independent hashing; two of one layer meet less often. The
+    deal needs no table of buckets, and adds to contiguous memory (half the time of a scatter on the toy).
+ 3. The released code keeps the first coordinates it comes to. Ours are random over all that is covered.
+"""
+
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import torch
+import typer
+from torch import nn
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from rollout import (
+    TOY,
+    command_line,
+    digest,
+    lineage,
+    load_model,
+    new_app,
+    open_trajectories,
+    require,
+    save_rows,
+)
+from train import Batch, collate, completion_logps, micro_batches, policy_objective, sequence_mean
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The projection
+
+
+class SparseProjection:
+    """P M of equation 3, for parameters that are visited block by block.
+
+    Args:
+        sizes: number of coordinates of each block (a weight or a bias).
+        k: buckets.
+        sparse_ratio: r, the probability with which a coordinate is kept.
+        seed: draws M and P; the same on every device.
+    """
+
+    def __init__(self, sizes: dict[str, int], k: int, sparse_ratio: float, seed: int, device: torch.device):
+        self.k = k
+        generator = torch.Generator().manual_seed(seed)
+        # block -> (its kept coordinates in dealing order, their signs, the bucket of the first one)
+        self.blocks: dict[str, tuple[torch.Tensor, torch.Tensor, int]] = {}
+        first = 0
+        for name, size in sizes.items():
+            kept = (torch.rand(size, generator=generator) < sparse_ratio).nonzero()[:, 0]
+            kept = kept[torch.randperm(len(kept), generator=generator)]
+            sign = torch.randint(0, 2, (len(kept),), generator=generator) * 2.0 - 1.0
+            self.blocks[name] = (kept.int().to(device), sign.to(device), first)
+            first = (first + len(kept)) % k
+        self.coordinates = sum(len(kept) for kept, _, _ in self.blocks.values())
+
+    def add(self, sketch: torch.Tensor, name: str, gradient: torch.Tensor) -> None:
+        """Add block `name` of P gradients, (P, d_block), to their sketches, (P, k) float32, in place."""
+        kept, sign, bucket = self.blocks[name]
+        values = gradient.index_select(1, kept)  # (P, d_block) -> (P, n)
+        start = 0
+        while start < len(kept):  # deal until the block is empty; past the last bucket comes the first
+            stop = min(start + self.k - bucket, len(kept))
+            sketch[:, bucket : bucket + stop - start].addcmul_(values[:, start:stop], sign[start:stop])
+            start, bucket = stop, 0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Gradients of many prompts at once
+
+
+class GradientSketcher:
+    """Sketches of ĝ(x;θ) for a batch of prompts; freezes the model's weights."""
+
+    MATRIX_ELEMENTS = 1 << 28  # of per-prompt weight gradients held at a time (1 GiB in float32)
+
+    def __init__(self, model: PreTrainedModel, k: int, sparse_ratio: float, seed: int):
+        self.model = model.requires_grad_(False)
+        self.linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+        require(bool(self.linears), "this model has no nn.Linear layer, so there is no gradient to project")
+        sizes = {}
+        for name, module in self.linears.items():
+            sizes[f"{name}.weight"] = module.weight.numel()
+            if module.bias is not None:
+                sizes[f"{name}.bias"] = module.bias.numel()
+        self.covered = sum(sizes.values())
+        self.projection = SparseProjection(sizes, k, sparse_ratio, seed, model.device)
+        # (input a, output gradient δ) of each call of each layer; the prompt and its completions are two calls
+        self.caught: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {}
+        for name, module in self.linears.items():
+            module.register_forward_hook(self._catch(name))
+        # With frozen weights nothing would need a gradient; the embedding's output starts the graph.
+        model.get_input_embeddings().register_forward_hook(lambda module, inputs, output: output.requires_grad_())
+
+    def _catch(self, name: str):
+        def forward_hook(module, inputs, output):
+            if output.requires_grad:
+                activation = inputs[0].detach()
+                output.register_hook(lambda delta: self.caught.setdefault(name, []).append((activation, delta)))
+
+        return forward_hook
+
+    def sketch(self, batch: Batch, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
+        """g̃(x;θ) of the batch's P prompts, (P, k) float32, and the ratios ρ of their tokens, (P*K, C)."""
+        prompts = len(batch.prompt_ids)
+        self.caught.clear()
+        _, logps = completion_logps(self.model, batch, temperature)
+        objective = policy_objective(logps, batch.behavior_logps, batch.advantages, clip=None)
+        # (P*K, C) -> (P*K,) -> (P,), then a sum: prompts do not meet in the network, so δ of each stays its own
+        sequence_mean(objective, batch.mask).view(prompts, -1).mean(1).sum().backward()
+        sketch = torch.zeros(prompts, self.projection.k, device=logps.device)
+        for name, calls in self.caught.items():
+            # (P, L, I) of the prompt and (P*K, C-1, I) of the completions -> (P, T, I) with T = L + K(C-1)
+            activation = torch.cat([a.reshape(prompts, -1, a.shape[-1]) for a, _ in calls], 1)
+            delta = torch.cat([d.reshape(prompts, -1, d.shape[-1]) for _, d in calls], 1)  # (P, T, O)
+            module = self.linears[name]
+            for some in torch.arange(prompts).split(max(1, self.MATRIX_ELEMENTS // module.weight.numel())):
+                some = slice(int(some[0]), int(some[-1]) + 1)
+                weight = torch.bmm(delta[some].transpose(1, 2), activation[some])  # (P, O, T) x (P, T, I) -> (P, O, I)
+                self.projection.add(sketch[some], f"{name}.weight", weight.flatten(1))
+            if module.bias is not None:
+                self.projection.add(sketch, f"{name}.bias", delta.sum(1))
+        self.caught.clear()
+        return sketch, (logps.detach() - batch.behavior_logps).exp()
+
+
+def effective_sample_size(ratio: torch.Tensor, mask: torch.Tensor, prompts: int) -> torch.Tensor:
+    """(Σρ)²/(nΣρ²) over the n tokens of each prompt's completions: (P*K, C) -> (P,)."""
+    ratio, mask = (ratio * mask).view(prompts, -1), mask.view(prompts, -1)
+    return ratio.sum(1) ** 2 / (mask.sum(1) * (ratio**2).sum(1))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command
+
+app = new_app()
+
+
+@app.command(help=__doc__.splitlines()[0])
+def project(
+    trajectories: Annotated[Path, typer.Option(help="Trajectory file that rollout.py wrote.")],
+    out: Annotated[Path, typer.Option(help="Gradient file to write.")],
+    model: Annotated[Path, typer.Option(help="Model folder of the current policy.")] = TOY / "model",
+    k: Annotated[int, typer.Option(help="Dimensions of the sketch (the paper's 32768 suits larger models).")] = 4096,
+    sparse_ratio: Annotated[float, typer.Option(help="r, the share of gradient coordinates kept.")] = 0.1,
+    batch_tokens: Annotated[int, typer.Option(help="Padded tokens per batch; lower it for memory.")] = 2048,
+    seed: Annotated[int, typer.Option(help="Of the projection; all files of one selection need the same.")] = 0,
+) -> int:
+    require(k >= 1, f"--k {k}: a sketch needs at least 1 dimension")
+    require(0 < sparse_ratio <= 1, f"--sparse-ratio {sparse_ratio}: it must be above 0 and at most 1")
+    stored = open_trajectories(trajectories)
+    live = stored.live_groups()
+    require(
+        bool(live),
+        f"{trajectories}: no live prompt, every group's rewards are equal; take more samples or easier prompts",
+    )
+    policy, _ = load_model(model)
+    require(
+        stored.metadata["model"] in lineage(policy, model),
+        f"{trajectories} was sampled by another model than {model} or those it was trained from; run rollout.py again",
+    )
+    sketcher = GradientSketcher(policy, k, sparse_ratio, seed)
+    print(
+        f"{trajectories}: {len(live)} live prompts of {stored.metadata['prompts']}; "
+        f"{sketcher.projection.coordinates:,} of {sketcher.covered:,} covered coordinates kept "
+        f"({policy.num_parameters():,} parameters) -> k = {k:,}; {len(live) * k * 4 / 1e6:.1f} MB"
+    )
+    metadata = {
+        "model": digest(model),
+        "trajectories": digest(trajectories),
+        "data": stored.metadata["data"],
+        "prompts": stored.metadata["prompts"],
+        "options": {"k": k, "sparse_ratio": sparse_ratio, "seed": seed},
+    }
+    temperature = stored.metadata["options"]["temperature"]
+    order: list[int] = []
+    norms, ess, columns = [], [], {}
+    with (
+        save_rows(out, "gradients", "sketch", (len(live), k), columns, metadata) as write,
+        tqdm(total=len(live), desc=f"project {trajectories.stem}", unit="prompt", disable=None) as bar,
+    ):
+        for groups in micro_batches(stored, live, batch_tokens):
+            batch = collate(stored, groups, policy.device)
+            sketch, ratio = sketcher.sketch(batch, temperature)
+            norm = sketch.norm(dim=1) / sparse_ratio**0.5
+            bad = [i for i, ok in zip(batch.prompt_index, torch.isfinite(norm).tolist(), strict=True) if not ok]
+            require(not bad, f"gradient is not finite at prompt {', '.join(map(str, bad))} of {trajectories}")
+            write(sketch.cpu().numpy())
+            order += batch.prompt_index
+            norms.append(norm.cpu())
+            ess.append(effective_sample_size(ratio, batch.mask, len(groups)).cpu())
+            bar.update(len(groups))
+        columns["prompt_index"] = np.array(order, np.int32)
+        columns["grad_norm"] = torch.cat(norms).numpy()
+        columns["pass_rate"] = np.array([stored.rewards[live[i]].mean() for i in order], np.float32)
+        columns["ess"] = torch.cat(ess).numpy()
+    print(f"{out}: effective sample size {columns['ess'].mean():.2f} of 1")
+    return len(live)
+
+
+if __name__ == "__main__":
+    command_line(app)

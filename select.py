@@ -1,0 +1,219 @@
+"""Select: rank the prompts by influence on the validation sets, and choose the top share.
+
+    python select.py --data toy/train.jsonl --trajectories runs/mine/rollouts/train.safetensors \\
+                     --gradients runs/mine/stage-00/gradients-train.safetensors \\
+                     --valid-gradients runs/mine/stage-00/gradients-valid-rev.safetensors \\
+                     --valid-gradients runs/mine/stage-00/gradients-valid-srt.safetensors \\
+                     --out runs/mine/stage-00/selection.safetensors
+
+Reads   the sketches that `project.py` wrote for the training prompts and for V validation sets.
+Writes  N chosen prompts, best first, and beside it the same for people, a CSV with a line per candidate:
+
+    ranked       int64   (N,)   rows of the data file
+    score        float64 (N,)   their fused score
+    score_by_set float64 (N,V)  their cosine with each validation set
+    rank_by_set  int64   (N,V)  their rank among the live prompts, 1 is best
+
+    s_V(x)   = cos( g̃(x), 1/|V| Σ_{v in V} g̃(v) )                                                             (4)
+    score(x) = Σ_V 1/rank_V(x)  over the sets in whose top N it stands,  N = frac·|D|                         (5)
+
+|D| counts the whole pool. Only live prompts can be chosen, so fewer than N are where fewer are live. Equal fused scores
+are ordered by mean cosine, then by index.
+
+The baselines choose from the whole pool by the stored trajectories alone, equals in random order: `full` (everything),
+`random`, `pass-rate` (p nearest to 1/2), `learnability` (largest p(1-p)). As p(1-p) = 1/4 - (p - 1/2)², the last two are
+one order when both use the same p; both names are kept because the field uses both.
+"""
+
+from __future__ import annotations  # no annotation below is evaluated when this file is asked for as `select`
+
+if __name__ == "select":
+    # The standard library's `select` was asked for (by subprocess, asyncio, pytest ...), and this folder, standing first
+    # on sys.path, answered. Find the real one on a path without this folder, and put it where the import looks.
+    import importlib.machinery
+    import importlib.util
+    import os
+    import sys
+
+    _here = os.path.dirname(os.path.abspath(__file__))
+    _path = [entry for entry in sys.path if os.path.abspath(entry or os.curdir) != _here]
+    _spec = importlib.machinery.PathFinder.find_spec("select", _path)
+    _module = importlib.util.module_from_spec(_spec)
+    _spec.loader.exec_module(_module)
+    sys.modules["select"] = _module
+else:
+    import csv
+    from collections.abc import Iterator
+    from pathlib import Path
+    from typing import Annotated
+
+    import numpy as np
+    import typer
+
+    from rollout import (
+        command_line,
+        digest,
+        load_prompts,
+        new_app,
+        open_tensors,
+        open_trajectories,
+        require,
+        save_tensors,
+        whole_file,
+    )
+
+METHODS = ("influence", "full", "random", "pass-rate", "learnability")
+ROWS = 1024  # sketches in memory at a time
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The formulas
+
+
+def sketch_blocks(file) -> Iterator[np.ndarray]:
+    """The sketches of an opened gradient file, (N, k), some rows (n, k) float64 at a time."""
+    sketch = file.get_slice("sketch")
+    rows = sketch.get_shape()[0]
+    for start in range(0, rows, ROWS):
+        yield sketch[start : min(start + ROWS, rows)].astype(np.float64)
+
+
+def mean_sketch(file) -> np.ndarray:
+    """1/|V| Σ g̃(v) of an opened gradient file: (k,)."""
+    return sum(block.sum(0) for block in sketch_blocks(file)) / len(file.get_tensor("prompt_index"))
+
+
+def cosines(file, directions: np.ndarray) -> np.ndarray:
+    """Equation 4: cosine of every sketch of an opened gradient file with V directions (V, k): (N, V).
+
+    The cosine with a zero vector is 0.
+    """
+    directions = directions / np.maximum(np.linalg.norm(directions, axis=1, keepdims=True), 1e-30)
+    scores = []
+    for block in sketch_blocks(file):
+        norms = np.maximum(np.linalg.norm(block, axis=1, keepdims=True), 1e-30)
+        scores.append(block @ directions.T / norms)  # (n, k) x (k, V) -> (n, V)
+    return np.concatenate(scores)
+
+
+def ranks(scores: np.ndarray) -> np.ndarray:
+    """Rank of each row within each column, 1 for the largest, equals in row order: (N, V) -> (N, V) int64.
+
+    >>> ranks(np.array([[0.1, 0.9], [0.5, 0.2]])).tolist()
+    [[2, 1], [1, 2]]
+    """
+    return np.argsort(np.argsort(-scores, axis=0, kind="stable"), axis=0, kind="stable") + 1
+
+
+def reciprocal_rank_fusion(rank_by_set: np.ndarray, top: int) -> np.ndarray:
+    """Equation 5: Σ 1/rank over the sets where the rank is at most `top`: (N, V) -> (N,).
+
+    >>> reciprocal_rank_fusion(np.array([[2, 1], [1, 3], [3, 2]]), top=2).tolist()  # 1/2 + 1/1, 1/1, 1/2
+    [1.5, 1.0, 0.5]
+    """
+    return np.where(rank_by_set <= top, 1.0 / rank_by_set, 0.0).sum(1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The methods
+
+
+def by_influence(gradients: Path, valid_gradients: list[Path], top: int) -> tuple[dict[str, np.ndarray], dict]:
+    """All candidates, best first, with the tensors of a selection file; the metadata of the training gradients."""
+    train, metadata = open_tensors(gradients, "gradients")
+    directions = []
+    for path in valid_gradients:
+        valid, found = open_tensors(path, "gradients")
+        for key, thing in (("model", "model"), ("options", "projection")):
+            same = found[key] == metadata[key]
+            require(same, f"{path} was made with another {thing} than {gradients}; run project.py again for both")
+        directions.append(mean_sketch(valid))
+    prompt_index = train.get_tensor("prompt_index").astype(np.int64)
+    by_index = np.argsort(prompt_index)  # file order is a matter of batching; the last tie-break is the index
+    score_by_set = cosines(train, np.stack(directions))[by_index]
+    rank_by_set = ranks(score_by_set)
+    score = reciprocal_rank_fusion(rank_by_set, top)
+    order = np.lexsort((-score_by_set.mean(1), -score))  # by score, then by mean cosine
+    return {
+        "ranked": prompt_index[by_index][order],
+        "score": score[order],
+        "score_by_set": score_by_set[order],
+        "rank_by_set": rank_by_set[order],
+    }, metadata
+
+
+def by_baseline(method: str, pass_rate: np.ndarray, seed: int) -> dict[str, np.ndarray]:
+    """The whole pool, best first; `pass_rate` is (|D|,)."""
+    random = np.random.default_rng(seed).random(len(pass_rate))
+    score = {
+        "full": np.zeros_like(pass_rate),
+        "random": random,
+        "pass-rate": -np.abs(pass_rate - 0.5),
+        "learnability": pass_rate * (1 - pass_rate),
+    }[method]
+    ranked = np.lexsort((random, -score))
+    return {"ranked": ranked, "score": score[ranked]}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command
+
+
+def select(
+    out: Annotated[Path, typer.Option(help="Selection file to write; the CSV goes beside it.")],
+    data: Annotated[Path, typer.Option(help="jsonl file of the pool to choose from.")],
+    trajectories: Annotated[Path | None, typer.Option(help="The pool's trajectory file (not for full, random).")] = None,
+    gradients: Annotated[Path | None, typer.Option(help="The pool's gradient file (influence only).")] = None,
+    valid_gradients: Annotated[list[Path] | None, typer.Option(help="Gradient file of a validation set; repeat.")] = None,
+    method: Annotated[str, typer.Option(help="One of: " + ", ".join(METHODS) + ".")] = "influence",
+    frac: Annotated[float, typer.Option(help="Share of the pool to choose.")] = 0.1,
+    seed: Annotated[int, typer.Option(help="Of the baselines' random order.")] = 0,
+) -> np.ndarray:
+    require(method in METHODS, f"--method {method}: unknown (there is: {', '.join(METHODS)})")
+    require(0 < frac <= 1, f"--frac {frac}: it must be above 0 and at most 1")
+    rows = load_prompts(data)
+    sources = {"data": digest(data)}
+    rates = dict.fromkeys(range(len(rows)), float("nan"))  # unknown
+    if method not in ("full", "random"):
+        require(trajectories is not None, f"{method} needs --trajectories, what rollout.py wrote for {data}")
+        stored = open_trajectories(trajectories)
+        require(stored.metadata["data"] == sources["data"], f"{trajectories} was sampled from other data than {data}")
+        sources["trajectories"] = digest(trajectories)
+        rates = stored.pass_rates()
+    top = len(rows) if method == "full" else max(1, round(frac * len(rows)))
+    names: list[str] = []
+    if method == "influence":
+        require(bool(gradients and valid_gradients), "influence needs --gradients and at least one --valid-gradients")
+        table, metadata = by_influence(gradients, valid_gradients, top)
+        sources["model"] = metadata["model"]
+        same = metadata["trajectories"] == sources["trajectories"]
+        require(same, f"{gradients} was made from other trajectories than {trajectories}; run project.py again")
+        names = [path.stem.removeprefix("gradients-").removeprefix("valid-") for path in valid_gradients]
+    else:
+        table = by_baseline(method, np.array([rates[i] for i in range(len(rows))]), seed)
+    with whole_file(out.with_suffix(".csv")) as temporary, open(temporary, "w", newline="") as file:
+        writer = csv.writer(file)
+        by_set = [f"{column}_{name}" for name in names for column in ("cosine", "rank")]
+        writer.writerow(["place", "chosen", "prompt_index", "pass_rate", "score", *by_set, "prompt", "answer"])
+        for place, i in enumerate(table["ranked"].tolist()):
+            sets = [
+                value
+                for v in range(len(names))
+                for value in (f"{table['score_by_set'][place, v]:.4f}", table["rank_by_set"][place, v])
+            ]
+            score = f"{table['score'][place]:.5f}"
+            row = [place + 1, int(place < top), i, f"{rates[i]:.3f}", score, *sets, rows[i]["prompt"], rows[i]["answer"]]
+            writer.writerow(row)
+    chosen = {name: np.ascontiguousarray(values[:top]) for name, values in table.items()}
+    options = {"method": method, "frac": frac, "seed": seed, "sets": names}
+    save_tensors(out, "selection", chosen, sources | {"prompts": len(rows), "options": options})
+    print(f"{out}: {len(chosen['ranked'])} of {len(rows)} prompts by {method}")
+    return chosen["ranked"]
+
+
+if __name__ != "select":
+    app = new_app()
+    app.command(help=__doc__.splitlines()[0])(select)
+
+if __name__ == "__main__":
+    command_line(app)

@@ -1,0 +1,360 @@
+"""Train: one stage of GRPO on the prompts that a selection file names.
+
+    python train.py --selection runs/mine/stage-00/selection.safetensors --out runs/mine/stage-00
+
+Reads   a model folder, the data file, the selection and (from the second stage on) the optimizer state before it.
+Writes  into the folder --out: `model/` (a Hugging Face checkpoint), `optimizer.safetensors` (AdamW's moments) and
+        `metrics.jsonl` (a line per step).
+
+A step samples K completions for a batch of P prompts and ascends
+
+    J = 1/(PK) sum_k 1/|τ_k| sum_t [ min(ρ_kt Â_k, clip(ρ_kt, 1-ε, 1+ε) Â_k) - β_KL k3_kt + β_H H_kt ]
+
+    Â_k   = (R_k - mean R) / (std R + 1e-6)       over the K completions of the prompt
+    ρ_kt  = π_θ(a_kt|h_kt) / π_sampling(a_kt|h_kt)
+    k3_kt = q - log q - 1 with q = π_initial(a_kt|h_kt) / π_θ(a_kt|h_kt)
+    H_kt  = entropy of π_θ(.|h_kt)
+
+The first term is the one whose gradient `project.py` takes prompt by prompt: what is ranked is what is ascended.
+
+Deviations from the paper's RL stage:
+ 1. Groups whose rewards are all equal cost no forward pass. Their policy gradient is exactly 0; their KL and entropy
+    terms are left out. They still count in the mean 1/(PK).
+ 2. The prompts of a step are drawn from the selection without replacement, anew at each step (no epochs).
+ 3. Toy defaults: 64 prompts a step (paper: 128), learning rate 3e-4 (paper: 1e-6, for a 1.5B model).
+"""
+
+import json
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import torch
+import typer
+from safetensors.numpy import save_file
+from tqdm import trange
+from transformers import DynamicCache, PreTrainedModel
+
+from rollout import (
+    TOY,
+    BadInput,
+    Trajectories,
+    TransformersEngine,
+    command_line,
+    digest,
+    file_metadata,
+    lineage,
+    load_model,
+    load_prompts,
+    new_app,
+    open_tensors,
+    pad_left,
+    require,
+    sample_trajectories,
+    whole_file,
+)
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The formulas
+
+
+def group_advantages(rewards: torch.Tensor) -> torch.Tensor:
+    """Â_k = (R_k - mean R) / (std R + 1e-6): (P, K) -> (P, K). Equation 2; std is the sample's (divided by K - 1).
+
+    >>> group_advantages(torch.tensor([[1.0, 0.0, 0.0, 0.0]]))  # mean 1/4, std 1/2
+    tensor([[ 1.5000, -0.5000, -0.5000, -0.5000]])
+    """
+    return (rewards - rewards.mean(1, keepdim=True)) / (rewards.std(1, keepdim=True) + 1e-6)
+
+
+def policy_objective(
+    logps: torch.Tensor, behavior_logps: torch.Tensor, advantages: torch.Tensor, clip: float | None
+) -> torch.Tensor:
+    """min(ρ Â, clip(ρ, 1-ε, 1+ε) Â) per token; without clipping (`clip=None`) ρ Â, whose gradient is ρ Â ∇log π.
+
+    Args:
+        logps, behavior_logps: (B, C) log-probs of the tokens under π_θ and under the policy that sampled them.
+        advantages: (B,).
+    """
+    ratio = torch.exp(logps - behavior_logps)
+    gain = ratio * advantages[:, None]
+    return gain if clip is None else torch.minimum(gain, ratio.clamp(1 - clip, 1 + clip) * advantages[:, None])
+
+
+def k3_kl(logps: torch.Tensor, initial_logps: torch.Tensor) -> torch.Tensor:
+    """Schulman's low-variance estimate of KL(π_θ ‖ π_initial) per token: q - log q - 1 >= 0, q = π_initial / π_θ."""
+    log_q = initial_logps - logps
+    return torch.exp(log_q) - log_q - 1
+
+
+def sequence_mean(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """1/|τ| sum_t of (B, C) over the tokens of each completion: (B,)."""
+    return (values * mask).sum(1) / mask.sum(1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# From trajectories to log-probs
+
+
+@dataclass
+class Batch:
+    """P groups of K trajectories. Row p*K + k of a (P*K, ...) tensor is completion k of prompt p."""
+
+    prompt_index: list[int]  # P
+    prompt_ids: torch.Tensor  # (P, L) padded on the left
+    prompt_mask: torch.Tensor  # (P, L)
+    completion_ids: torch.Tensor  # (P*K, C) padded on the right
+    mask: torch.Tensor  # (P*K, C) float, 1 at the tokens of a completion
+    behavior_logps: torch.Tensor  # (P*K, C)
+    advantages: torch.Tensor  # (P*K,)
+
+
+def collate(trajectories: Trajectories, groups: Sequence[tuple[int, np.ndarray]], device: torch.device) -> Batch:
+    """Pad the given groups (prompt_index, rows (K,)) of trajectories into a batch."""
+    prompt_ids, prompt_mask = pad_left([trajectories.prompt(rows[0]) for _, rows in groups], device)
+    order = np.concatenate([rows for _, rows in groups])  # (P*K,)
+    width = max(len(trajectories.completion(m)) for m in order)
+    completion_ids = torch.zeros(len(order), width, dtype=torch.long)
+    mask, behavior_logps = torch.zeros(len(order), width), torch.zeros(len(order), width)
+    for row, m in enumerate(order):
+        completion = trajectories.completion(m)
+        completion_ids[row, : len(completion)] = torch.as_tensor(completion)
+        mask[row, : len(completion)] = 1
+        behavior_logps[row, : len(completion)] = torch.as_tensor(trajectories.logps(m))
+    rewards = torch.as_tensor(np.stack([trajectories.rewards[rows] for _, rows in groups]))  # (P, K)
+    return Batch(
+        prompt_index=[i for i, _ in groups],
+        prompt_ids=prompt_ids,
+        prompt_mask=prompt_mask,
+        completion_ids=completion_ids.to(device),
+        mask=mask.to(device),
+        behavior_logps=behavior_logps.to(device),
+        advantages=group_advantages(rewards).flatten().to(device),  # (P, K) -> (P*K,)
+    )
+
+
+def micro_batches(
+    trajectories: Trajectories, groups: dict[int, np.ndarray], batch_tokens: int
+) -> Iterator[list[tuple[int, np.ndarray]]]:
+    """Cut groups into batches of at most `batch_tokens` padded tokens (or one group), those of like length together."""
+    lengths = np.diff(trajectories.offsets) - trajectories.prompt_length  # (M,)
+    # (longest completion, prompt length) of each group; a group costs its prompt once and K completions
+    size = {i: (int(lengths[rows].max()), int(trajectories.prompt_length[rows[0]])) for i, rows in groups.items()}
+    batch: list[tuple[int, np.ndarray]] = []
+    longest_prompt = 0
+    for i in sorted(groups, key=lambda i: (size[i], i)):
+        longest_prompt = max(longest_prompt, size[i][1])
+        if batch and (len(batch) + 1) * (longest_prompt + len(groups[i]) * size[i][0]) > batch_tokens:
+            yield batch
+            batch, longest_prompt = [], size[i][1]
+        batch.append((i, groups[i]))
+    if batch:
+        yield batch
+
+
+def completion_logps(model: PreTrainedModel, batch: Batch, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probs of the tempered policy over the vocabulary, (P*K, C, V), and of the batch's tokens, (P*K, C).
+
+    Each prompt is computed once: its keys and values serve its K completions, and gradients flow back through them.
+    On the toy that halves the time of a step.
+
+    Raises:
+        BadInput: NaN or infinity, naming the prompts.
+    """
+    samples = len(batch.completion_ids) // len(batch.prompt_ids)
+    positions = (batch.prompt_mask.cumsum(1) - 1).clamp(min=0)  # (P, L)
+    cache = DynamicCache(config=model.config)
+    first = model(
+        batch.prompt_ids, batch.prompt_mask, positions, cache, use_cache=True, logits_to_keep=1
+    ).logits.repeat_interleave(samples, 0)  # (P, 1, V) -> (P*K, 1, V): predicts each completion's first token
+    logits = first
+    if batch.completion_ids.shape[1] > 1:
+        cache.batch_repeat_interleave(samples)
+        inputs = batch.completion_ids[:, :-1]  # (P*K, C-1): the last token predicts nothing
+        mask = torch.cat([batch.prompt_mask.repeat_interleave(samples, 0), torch.ones_like(inputs)], 1)
+        after = positions[:, -1:].repeat_interleave(samples, 0) + 1  # (P*K, 1)
+        positions = after + torch.arange(inputs.shape[1], device=inputs.device)
+        rest = model(inputs, mask, positions, cache, use_cache=True).logits  # (P*K, C-1, V)
+        logits = torch.cat([first, rest], 1)
+    all_logps = torch.log_softmax(logits.float() / temperature, -1)
+    logps = all_logps.gather(2, batch.completion_ids[:, :, None])[:, :, 0]
+    finite = torch.isfinite(logps.detach() * batch.mask).all(1).view(-1, samples).all(1)  # (P*K, C) -> (P,)
+    if not finite.all():
+        bad = [i for i, ok in zip(batch.prompt_index, finite.tolist(), strict=True) if not ok]
+        raise BadInput(f"logits are not finite at prompt {', '.join(map(str, bad))}")
+    return all_logps, logps
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One step
+
+
+def grpo_step(
+    model: PreTrainedModel,
+    initial: PreTrainedModel | None,
+    trajectories: Trajectories,
+    *,
+    temperature: float,
+    clip: float,
+    kl: float,
+    entropy: float,
+    batch_tokens: int,
+) -> dict[str, float]:
+    """Add the gradient of -J to the parameters' `.grad`, micro-batch by micro-batch; returns means over live tokens.
+
+    Every sequence weighs 1/(PK) whichever micro-batch it is in, so their size changes nothing beyond rounding.
+    """
+    sequences = len(trajectories.rewards)  # P*K, dead groups included
+    sums = dict.fromkeys(["objective", "kl", "entropy", "clipped", "tokens"], 0.0)
+    for groups in micro_batches(trajectories, trajectories.live_groups(), batch_tokens):
+        batch = collate(trajectories, groups, model.device)
+        all_logps, logps = completion_logps(model, batch, temperature)
+        token_entropy = -(all_logps.exp() * all_logps).sum(-1)  # (P*K, C, V) -> (P*K, C)
+        value = policy_objective(logps, batch.behavior_logps, batch.advantages, clip) + entropy * token_entropy
+        if initial is not None:
+            with torch.no_grad():
+                _, initial_logps = completion_logps(initial, batch, temperature)
+            token_kl = k3_kl(logps, initial_logps)
+            value = value - kl * token_kl
+            sums["kl"] += (token_kl.detach() * batch.mask).sum().item()
+        objective = sequence_mean(value, batch.mask).sum() / sequences
+        (-objective).backward()
+        clipped = ((logps - batch.behavior_logps).exp() - 1).abs() > clip
+        sums["objective"] += objective.item()
+        sums["entropy"] += (token_entropy.detach() * batch.mask).sum().item()
+        sums["clipped"] += (clipped * batch.mask).sum().item()
+        sums["tokens"] += batch.mask.sum().item()
+    tokens = max(sums["tokens"], 1)
+    return {name: sums[name] / tokens for name in ("kl", "entropy", "clipped")} | {"objective": sums["objective"]}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Optimizer state on disk
+
+
+def save_optimizer(path: Path, optimizer: torch.optim.AdamW, model: PreTrainedModel, model_digest: str) -> None:
+    """AdamW's moments, as `NAME.exp_avg` and `NAME.exp_avg_sq`, tied by digest to the model they belong to."""
+    tensors = {}
+    for name, parameter in model.named_parameters():
+        for moment in ("exp_avg", "exp_avg_sq"):
+            tensors[f"{name}.{moment}"] = optimizer.state[parameter][moment].cpu().numpy()
+    steps = int(optimizer.state[next(model.parameters())]["step"])
+    with whole_file(path) as temporary:
+        save_file(tensors, temporary, file_metadata("optimizer", {"model": model_digest, "steps": steps}))
+
+
+def load_optimizer(path: Path, optimizer: torch.optim.AdamW, model: PreTrainedModel, model_path: Path) -> None:
+    file, metadata = open_tensors(path, "optimizer")
+    require(metadata["model"] == digest(model_path), f"{path} is the optimizer state of another model than {model_path}")
+    for name, parameter in model.named_parameters():
+        optimizer.state[parameter] = {"step": torch.tensor(float(metadata["steps"]))} | {
+            moment: torch.from_numpy(file.get_tensor(f"{name}.{moment}")).to(parameter.device)
+            for moment in ("exp_avg", "exp_avg_sq")
+        }
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command
+
+app = new_app()
+
+
+@app.command(help=__doc__.splitlines()[0])
+def train(
+    selection: Annotated[Path, typer.Option(help="Selection file that select.py wrote.")],
+    out: Annotated[Path, typer.Option(help="Folder for model/, optimizer.safetensors and metrics.jsonl.")],
+    model: Annotated[Path, typer.Option(help="Model folder to start from.")] = TOY / "model",
+    initial_model: Annotated[Path | None, typer.Option(help="Initial policy of the KL term.  [default: --model]")] = None,
+    optimizer: Annotated[Path | None, typer.Option(help="Optimizer state to go on from.  [default: fresh]")] = None,
+    data: Annotated[Path, typer.Option(help="jsonl file that the selection points into.")] = TOY / "train.jsonl",
+    steps: Annotated[int, typer.Option(help="Optimizer steps are steps x iterations.")] = 20,
+    batch_prompts: Annotated[int, typer.Option(help="P, prompts per step.")] = 64,
+    samples: Annotated[int, typer.Option(help="K, completions per prompt.")] = 8,
+    iterations: Annotated[int, typer.Option(help="Updates per batch of rollouts (GRPO's mu).")] = 1,
+    lr: Annotated[float, typer.Option(help="AdamW's learning rate.")] = 3e-4,
+    max_grad_norm: Annotated[float, typer.Option(help="Gradient norm is clipped here.")] = 1.0,
+    clip: Annotated[float, typer.Option(help="Ratios are clipped to 1 - clip .. 1 + clip.")] = 0.2,
+    kl: Annotated[float, typer.Option(help="Weight of the KL term; 0 loads no initial policy.")] = 0.001,
+    entropy: Annotated[float, typer.Option(help="Weight of the entropy bonus.")] = 0.001,
+    temperature: Annotated[float, typer.Option(help="The policy is softmax(logits / temperature).")] = 1.0,
+    max_tokens: Annotated[int, typer.Option(help="Longest completion, in tokens.")] = 8,
+    reward: Annotated[str, typer.Option(help="Verifiable reward: exact.")] = "exact",
+    batch_tokens: Annotated[int, typer.Option(help="Padded tokens per micro-batch; lower it for memory.")] = 16384,
+    seed: Annotated[int, typer.Option(help="Of the prompts drawn and of the samples.")] = 0,
+) -> list[dict]:
+    rows = load_prompts(data)
+    file, metadata = open_tensors(selection, "selection")
+    require(metadata["data"] == digest(data), f"{selection} was made from other data than {data}")
+    require(samples >= 2, f"--samples {samples}: a group needs 2 completions or more to compare")
+    require(steps >= 1 and batch_prompts >= 1 and iterations >= 1, "--steps, --batch-prompts, --iterations: 1 or more")
+    chosen = file.get_tensor("ranked")  # (N,)
+    policy, tokenizer = load_model(model)
+    initial = load_model(initial_model or model)[0].requires_grad_(False) if kl else None
+    adamw = torch.optim.AdamW(policy.parameters(), lr=lr, weight_decay=0.0, fused=True)
+    if optimizer:
+        load_optimizer(optimizer, adamw, policy, model)
+    engine = TransformersEngine(policy, tokenizer, batch_tokens)
+    random = np.random.default_rng(seed)
+    log: list[dict] = []
+    progress = trange(steps, desc="train", unit="step", disable=None)
+    for step in progress:
+        start = time.perf_counter()
+        picked = random.choice(chosen, min(batch_prompts, len(chosen)), replace=False)
+        trajectories = sample_trajectories(
+            engine,
+            tokenizer,
+            [rows[i] for i in picked],
+            picked,
+            samples=samples,
+            max_tokens=max_tokens,
+            temperature=temperature,
+            reward=reward,
+            seed=[seed, step],
+        )
+        sampled = time.perf_counter()
+        for _ in range(iterations):
+            adamw.zero_grad()
+            measured = grpo_step(
+                policy,
+                initial,
+                trajectories,
+                temperature=temperature,
+                clip=clip,
+                kl=kl,
+                entropy=entropy,
+                batch_tokens=batch_tokens,
+            )
+            norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), max_grad_norm).item()
+            require(np.isfinite(norm), f"gradient is not finite at step {step}, prompts {sorted(picked.tolist())}")
+            adamw.step()
+        log.append(
+            {
+                "step": step,
+                "reward": float(trajectories.rewards.mean()),
+                "live_prompts": len(trajectories.live_groups()),
+                "prompts": len(picked),
+                "truncated": float(trajectories.truncated.mean()),
+                "completion_tokens": int(trajectories.logp_offsets[-1]),
+                **measured,
+                "grad_norm": norm,
+                "seconds_rollout": sampled - start,
+                "seconds_update": time.perf_counter() - sampled,
+            }
+        )
+        progress.set_postfix(reward=f"{log[-1]['reward']:.2f}")
+    policy.config.cropi_ancestors = lineage(policy, model)
+    with whole_file(out / "metrics.jsonl") as temporary:
+        temporary.write_text("".join(json.dumps(line) + "\n" for line in log))
+    with whole_file(out / "model") as temporary:  # comes last: where it stands, the stage has been trained
+        policy.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+        save_optimizer(out / "optimizer.safetensors", adamw, policy, digest(temporary))
+    print(f"{out}/model: {steps} steps on {len(chosen)} prompts, reward {log[0]['reward']:.3f} -> {log[-1]['reward']:.3f}")
+    return log
+
+
+if __name__ == "__main__":
+    command_line(app)
