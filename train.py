@@ -21,7 +21,7 @@ Deviations from the paper's RL stage:
  1. Groups whose rewards are all equal cost no forward pass. Their policy gradient is exactly 0; their KL and entropy
     terms are left out. They still count in the mean 1/(PK).
  2. The prompts of a step are drawn from the selection without replacement, anew at each step (no epochs).
- 3. Toy defaults: 64 prompts a step (paper: 128), learning rate 3e-4 (paper: 1e-6, for a 1.5B model).
+ 3. Toy defaults: 64 prompts a step (paper: 128), learning rate 5e-5 (paper: 1e-6, for a 1.5B model).
 """
 
 import json

@@ -3,14 +3,14 @@
     python toy/make.py                # data and model, about two minutes on two cores
     python toy/make.py --data-only    # only the jsonl files
 
-A prompt is `rev(4831)=`, its answer `1384`. Twelve families of prompts share one 340k-parameter Qwen2 model:
+A prompt is `rev(4831)=`, its answer `1384`. Twelve families of prompts share one 341k-parameter Qwen2 model:
 
   * two are *targets* (`rev`, `srt`): they have validation and test sets of their own;
   * eight more measure transfer: the untargeted test set is drawn from them;
   * `cpy` is solved from the start, so most of its groups carry no gradient;
   * `rnd` is noise: the answer is a random digit that nobody can learn, yet some samples are rewarded.
 
-The model is warm-started on demonstrations of which only 35% follow the right rule. The others follow plausible
+The model is warm-started on demonstrations of which only 25% follow the right rule. The others follow plausible
 wrong rules (sorting the wrong way, rotating to the wrong side, copying), so the model *can* do each task but mostly
 does not: what reinforcement learning with verifiable rewards repairs.
 
@@ -26,7 +26,7 @@ import string
 from pathlib import Path
 
 HERE = Path(__file__).parent
-SHARE_RIGHT = 0.35  # of the demonstrations
+SHARE_RIGHT = 0.25  # of the demonstrations
 LENGTHS = (3, 4, 5, 6)
 PAD, EOS = "<pad>", "<eos>"
 
@@ -132,7 +132,7 @@ def warm_start(steps: int, batch: int = 256) -> None:
         Qwen2Config(
             vocab_size=len(tokenizer),
             hidden_size=96,
-            intermediate_size=256,
+            intermediate_size=288,
             num_hidden_layers=3,
             num_attention_heads=4,
             num_key_value_heads=2,
@@ -169,7 +169,7 @@ def warm_start(steps: int, batch: int = 256) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data-only", action="store_true")
-    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--steps", type=int, default=900)
     arguments = parser.parse_args()
     write_data()
     if not arguments.data_only:
