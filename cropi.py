@@ -26,23 +26,40 @@ after the last whole one.
       curve.png  selection.png  report.json
 """
 
+import contextlib
 import importlib.metadata
 import importlib.util
+import itertools
 import json
 import platform
 import shlex
+import sys
 import time
-import typing
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 import numpy as np
 import typer
+from tqdm import tqdm
+from tqdm.contrib import DummyTqdmFile
 
 import project
 import rollout
 import train
-from rollout import TOY, BadInput, command_line, digest, load_prompts, new_app, open_tensors, require, whole_file
+from rollout import (
+    TOY,
+    BadInput,
+    above_zero,
+    command_line,
+    digest,
+    load_prompts,
+    new_app,
+    open_tensors,
+    require,
+    whole_file,
+)
 
 
 def _load_select():
@@ -54,15 +71,13 @@ def _load_select():
 
 
 select = _load_select()
-SCRIPTS = {
-    "rollout": rollout.rollout,
-    "project": project.project,
-    "select": select.select,
-    "train": train.train,
-}
+SCRIPTS = {"rollout": rollout, "project": project, "select": select, "train": train}
 # Whose options `--set` reaches: the four scripts, and rollout.py as used on validation and on test sets.
-STAGES = {**SCRIPTS, "valid": rollout.rollout, "test": rollout.rollout}
-SAMPLES = {"valid": {"samples": 32}, "test": {"samples": 4}}  # completions per prompt; training prompts: rollout's own 8
+STAGES = {**SCRIPTS, "valid": rollout, "test": rollout}
+TOY_VALID = [TOY / f"valid-{name}.jsonl" for name in ("rev", "srt")]
+TOY_TEST = [TOY / f"test-{name}.jsonl" for name in ("rev", "srt", "untargeted")]
+# Completions per prompt of a validation and of a test set; a training prompt has rollout.py's own 8.
+SAMPLES = {"valid": {"samples": 32}, "test": {"samples": 4}}
 SHARED = ("temperature", "max_tokens", "reward")  # set for `rollout`, these hold for valid, test and train as well
 OURS = {  # options that the loop itself gives to each script
     *("out", "model", "data", "seed", "trajectories", "gradients", "valid_gradients", "method", "frac"),
@@ -75,23 +90,26 @@ OURS = {  # options that the loop itself gives to each script
 
 
 def parse_settings(assignments: list[str]) -> dict[str, dict[str, object]]:
-    """["train.lr=1e-4"] -> {"train": {"lr": 1e-4}, ...}, converted to the option's type.
+    """["train.lr=1e-4"] -> {"train": {"lr": 1e-4}, ...}, converted and checked as the script's own command line would.
 
     Raises:
-        BadInput: an unknown stage or option, one that the loop sets itself, or a value of another type.
+        BadInput: an unknown stage or option, one that the loop sets itself, or a value that the option refuses.
     """
     settings: dict[str, dict] = {stage: dict(SAMPLES.get(stage, {})) for stage in STAGES}
     for text in assignments:
         name, has_value, value = text.partition("=")
         stage, _, option = name.partition(".")
         option = option.replace("-", "_")
-        require(bool(has_value) and stage in STAGES, f"--set {text}: not STAGE.OPTION=VALUE, STAGE in {', '.join(STAGES)}")
-        types = {k: v for k, v in typing.get_type_hints(STAGES[stage]).items() if k not in OURS and k != "return"}
-        require(option in types, f"--set {text}: {stage} has no such option to set (there is: {', '.join(types)})")
+        require(
+            has_value == "=" and stage in STAGES, f"--set {text}: not STAGE.OPTION=VALUE, STAGE of {', '.join(STAGES)}"
+        )
+        command = typer.main.get_command(STAGES[stage].app)
+        parameters = {p.name: p for p in command.params if p.name not in (*OURS, "help")}
+        require(option in parameters, f"--set {text}: {stage} has no such option (there is: {', '.join(parameters)})")
         try:
-            settings[stage][option] = types[option](value)
-        except ValueError:
-            raise BadInput(f"--set {text}: {value!r} is not of type {types[option].__name__}") from None
+            settings[stage][option] = parameters[option].process_value(typer.Context(command), value)
+        except typer.BadParameter as error:
+            raise BadInput(f"--set {text}: {error.message}") from None
     for stage in ("valid", "test"):
         settings[stage] = settings["rollout"] | settings[stage]
     shared = {option: value for option, value in settings["rollout"].items() if option in SHARED}
@@ -110,7 +128,7 @@ def shell_command(script: str, options: dict) -> str:
 def call(script: str, **options):
     """Run a stage as a function, and print the command that does the same."""
     print(f"$ {shell_command(script, options)}", flush=True)
-    return SCRIPTS[script](**options)
+    return getattr(SCRIPTS[script], script)(**options)
 
 
 def write_json(path: Path, content: object) -> None:
@@ -125,8 +143,151 @@ def set_names(paths: list[Path], prefix: str) -> dict[str, Path]:
     return names
 
 
+def describe(value: object) -> object:
+    """A setting for run.json; a file or a model folder by its name and its digest."""
+    if isinstance(value, dict):
+        return {name: describe(one) for name, one in value.items()}
+    return [str(value), digest(value)] if isinstance(value, Path) else value
+
+
 # ---------------------------------------------------------------------------------------------------------------------
-# The loop
+# The steps of a run
+
+
+@dataclass
+class Curriculum:
+    """The settings of a run, and what it does with them. θ_s is the model before stage s."""
+
+    out: Path
+    model: Path
+    pool: Path
+    valid_sets: dict[str, Path]
+    test_sets: dict[str, Path]
+    selector: str
+    frac: float
+    seed: int
+    settings: dict[str, dict]  # options of each script, beside those that are set below
+
+    def folder(self, stage: int) -> Path:
+        return self.out / f"stage-{stage:02d}"
+
+    def policy(self, stage: int) -> Path:
+        return self.folder(stage - 1) / "model" if stage else self.model
+
+    def open(self) -> None:
+        """Begin the folder, or check that it was begun with the same settings."""
+        settings = {name: describe(value) for name, value in vars(self).items() if name != "out"}
+        file = self.out / "run.json"
+        if file.is_file():
+            found = json.loads(file.read_text())["settings"]
+            changed = ", ".join(name for name in settings if found.get(name) != settings[name])
+            require(not changed, f"{self.out} was begun with another {changed} (see {file}); choose a new --out")
+        else:
+            packages = ("torch", "transformers", "numpy", "safetensors")
+            versions = {name: importlib.metadata.version(name) for name in packages}
+            versions["python"] = platform.python_version()
+            write_json(file, {"format": rollout.FORMAT, "settings": settings, "versions": versions})
+
+    def offline_rollouts(self) -> None:
+        """β's trajectories. What a selector does not look at is not sampled."""
+        files = {} if self.selector in ("full", "random") else {"train": ("rollout", self.pool)}
+        if self.selector == "influence":
+            files |= {f"valid-{name}": ("valid", path) for name, path in self.valid_sets.items()}
+        for name, (stage, path) in files.items():
+            out = self.out / "rollouts" / f"{name}.safetensors"
+            call("rollout", model=self.model, data=path, out=out, seed=self.seed, **self.settings[stage])
+
+    def choose(self, stage: int) -> tuple[np.ndarray, int | None]:
+        """Indices of the chosen prompts, best first, and for influence the number of live ones."""
+        folder, seed = self.folder(stage), self.stage_seed(stage)
+        sources: dict = {}
+        live = None
+        if self.selector not in ("full", "random"):
+            sources["trajectories"] = self.out / "rollouts" / "train.safetensors"
+        if self.selector == "influence":
+            for name in ("train", *(f"valid-{name}" for name in self.valid_sets)):
+                found = call(
+                    "project",
+                    model=self.policy(stage),
+                    trajectories=self.out / "rollouts" / f"{name}.safetensors",
+                    out=folder / f"gradients-{name}.safetensors",
+                    seed=seed,
+                    **self.settings["project"],
+                )
+                live = found if name == "train" else live
+            sources["gradients"] = folder / "gradients-train.safetensors"
+            sources["valid_gradients"] = [folder / f"gradients-valid-{name}.safetensors" for name in self.valid_sets]
+        options = {"method": self.selector, "frac": self.frac, "seed": seed}
+        return call("select", data=self.pool, out=folder / "selection.safetensors", **sources, **options), live
+
+    def train(self, stage: int) -> list[dict]:
+        """One line of metrics per step."""
+        return call(
+            "train",
+            model=self.policy(stage),
+            initial_model=self.model,
+            optimizer=self.folder(stage - 1) / "optimizer.safetensors" if stage else None,
+            data=self.pool,
+            selection=self.folder(stage) / "selection.safetensors",
+            out=self.folder(stage),
+            seed=self.stage_seed(stage),
+            **self.settings["train"],
+        )
+
+    def evaluate(self, policy: Path, folder: Path) -> dict[str, float]:
+        """Accuracy, the mean reward, on each test set. The same random numbers every time."""
+        accuracy = {}
+        for name, path in self.test_sets.items():
+            out = folder / f"test-{name}.safetensors"
+            rolled = call("rollout", model=policy, data=path, out=out, seed=self.seed, **self.settings["test"])
+            accuracy[name] = float(rolled.rewards.mean())
+        return accuracy
+
+    def stage_seed(self, stage: int) -> int:
+        return 1000 * self.seed + stage
+
+    def begin(self) -> dict:
+        """Everything before the first stage; returns its summary."""
+        clock = time.perf_counter()
+        self.offline_rollouts()
+        seconds = time.perf_counter() - clock
+        accuracy = self.evaluate(self.model, self.out / "rollouts")
+        return {"stage": 0, "steps": 0, "seconds_rollout": seconds, "accuracy": accuracy}
+
+    def run_stage(self, stage: int, steps: int) -> dict:
+        """Select, train, evaluate; returns the stage's summary. `steps` were made before it."""
+        clock = time.perf_counter()
+        chosen, live = self.choose(stage)
+        scored = time.perf_counter()
+        log = self.train(stage)
+        trained = time.perf_counter()
+        accuracy = self.evaluate(self.policy(stage + 1), self.folder(stage))
+        evaluations = [{"evaluation": name, "accuracy": value} for name, value in accuracy.items()]
+        with whole_file(self.folder(stage) / "metrics.jsonl") as temporary:
+            temporary.write_text("".join(json.dumps(line) + "\n" for line in [*log, *evaluations]))
+        return {
+            "stage": stage + 1,
+            "steps": steps + len(log),
+            "live_prompts": live,
+            "chosen": len(chosen),
+            "reward": float(np.mean([line["reward"] for line in log])),
+            "accuracy": accuracy,
+            "seconds_scoring": scored - clock,
+            "seconds_training": trained - scored,
+            "seconds_evaluation": time.perf_counter() - trained,
+        }
+
+
+def once(folder: Path, work: Callable[..., dict], *args) -> dict:
+    """The summary that `work` returns, kept in the folder: what is whole is not done again."""
+    file = folder / "summary.json"
+    if not file.is_file():
+        write_json(file, work(*args))
+    return json.loads(file.read_text())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command
 
 app = new_app(help=__doc__.splitlines()[0])
 
@@ -139,146 +300,50 @@ def main() -> None:
 @app.command(help="Run the curriculum; run the same command again to go on after the last whole stage.")
 def run(
     model: Annotated[Path, typer.Option(help="Model folder of the initial policy.")] = TOY / "model",
-    train: Annotated[Path, typer.Option(help="jsonl file of the training pool.")] = TOY / "train.jsonl",
-    valid: Annotated[list[Path], typer.Option(help="Validation set, valid-NAME.jsonl; repeat for several.")] = [  # noqa: B006
-        TOY / "valid-rev.jsonl",
-        TOY / "valid-srt.jsonl",
-    ],
+    pool: Annotated[Path, typer.Option("--train", help="jsonl file of the training pool.")] = TOY / "train.jsonl",
+    valid: Annotated[list[Path], typer.Option(help="Validation set, valid-NAME.jsonl; repeat.")] = TOY_VALID,
     test: Annotated[
         list[Path], typer.Option(help="Test set, test-NAME.jsonl; targeted if a validation set has its NAME; repeat.")
-    ] = [TOY / "test-rev.jsonl", TOY / "test-srt.jsonl", TOY / "test-untargeted.jsonl"],  # noqa: B006
-    stages: Annotated[int, typer.Option(help="Stages of selection and training.")] = 8,
-    frac: Annotated[float, typer.Option(help="Share of the pool that a stage trains on.")] = 0.1,
-    selector: Annotated[str, typer.Option(help="One of: " + ", ".join(select.METHODS) + ".")] = "influence",
-    seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
-    out: Annotated[Path, typer.Option(help="Folder of the run.  [default: runs/SELECTOR-SEED]")] = None,
-    set_: Annotated[
-        list[str], typer.Option("--set", help="STAGE.OPTION=VALUE, such as train.lr=1e-4; repeat.", show_default=False)
-    ] = [],  # noqa: B006
-    group_by: Annotated[str, typer.Option(help="Data column by which selection.png sorts the chosen prompts.")] = "family",
+    ] = TOY_TEST,
+    stages: Annotated[int, typer.Option(min=1, help="Stages of selection and training.")] = 8,
+    frac: Annotated[float, typer.Option(callback=above_zero, max=1, help="Share of the pool to train on.")] = 0.1,
+    selector: Annotated[
+        str, typer.Option(callback=select.known_method, help="One of: " + ", ".join(select.METHODS) + ".")
+    ] = "influence",
+    seed: Annotated[int, typer.Option(min=0, help="Of everything random.")] = 0,
+    out: Annotated[Path | None, typer.Option(help="Folder of the run.  [default: runs/SELECTOR-SEED]")] = None,
+    assignments: Annotated[
+        list[str] | None, typer.Option("--set", help="STAGE.OPTION=VALUE, such as train.lr=1e-4; repeat.")
+    ] = None,
+    group_by: Annotated[str, typer.Option(help="Data column that selection.png shows.")] = "family",
 ) -> dict:
     started = time.perf_counter()
-    settings = parse_settings(set_)
-    require(stages >= 1, f"--stages {stages}: at least 1 is needed")
-    require(0 < frac <= 1, f"--frac {frac}: it must be above 0 and at most 1")
-    require(selector in select.METHODS, f"--selector {selector}: unknown (there is: {', '.join(select.METHODS)})")
-    require(bool(valid) or selector != "influence", "influence needs at least one validation set, --valid FILE")
-    require(bool(test), "at least one test set is needed, --test FILE")
-    valid_sets, test_sets = set_names(valid, "valid-"), set_names(test, "test-")
-    pool = load_prompts(train)
+    settings = parse_settings(assignments or [])
+    prompts = load_prompts(pool)
     for path in (*valid, *test):
         load_prompts(path)
     require((model / "config.json").is_file(), f"{model}: no model folder here (it has no config.json)")
+    valid_sets, test_sets = set_names(valid, "valid-"), set_names(test, "test-")
     out = out or Path("runs") / f"{selector}-{seed}"
-    open_run(
-        out,
-        {
-            "model": [str(model), digest(model)],
-            "train": [str(train), digest(train)],
-            "valid": {name: [str(path), digest(path)] for name, path in valid_sets.items()},
-            "test": {name: [str(path), digest(path)] for name, path in test_sets.items()},
-            "frac": frac,
-            "selector": selector,
-            "seed": seed,
-            "set": settings,
-        },
-    )
+    curriculum = Curriculum(out, model, pool, valid_sets, test_sets, selector, frac, seed, settings)
+    curriculum.open()
 
-    def evaluate(policy: Path, folder: Path) -> dict[str, float]:
-        """Accuracy, the mean reward, on each test set. The same random numbers every time."""
-        accuracy = {}
-        for name, path in test_sets.items():
-            file = folder / f"test-{name}.safetensors"
-            rolled = call("rollout", model=policy, data=path, out=file, seed=seed, **settings["test"])
-            accuracy[name] = float(rolled.rewards.mean())
-        return accuracy
+    bar = tqdm(total=stages, desc="curriculum", unit="stage", disable=None)
+    with bar, contextlib.redirect_stdout(DummyTqdmFile(sys.stdout)):  # lines are printed above the bar
+        summaries = [once(out / "rollouts", curriculum.begin)]
+        print(f"before training: {accuracies(summaries[0])}; rollouts {summaries[0]['seconds_rollout']:.1f} s\n")
+        chosen = []
+        for stage in range(stages):
+            folder = curriculum.folder(stage)
+            summaries.append(once(folder, curriculum.run_stage, stage, summaries[-1]["steps"]))
+            chosen.append(np.array(open_tensors(folder / "selection.safetensors", "selection")[0]["ranked"]))
+            print(f"stage {stage + 1} of {stages}: {stage_line(summaries[-1], prompts, chosen[-1], group_by)}\n")
+            bar.update()
 
-    offline = out / "rollouts"
-    start = load_summary(offline)
-    if start is None:
-        clock = time.perf_counter()
-        if selector not in ("full", "random"):
-            call("rollout", model=model, data=train, out=offline / "train.safetensors", seed=seed, **settings["rollout"])
-        if selector == "influence":
-            for name, path in valid_sets.items():
-                file = offline / f"valid-{name}.safetensors"
-                call("rollout", model=model, data=path, out=file, seed=seed, **settings["valid"])
-        seconds = time.perf_counter() - clock
-        start = {"stage": -1, "steps": 0, "seconds_rollout": seconds, "accuracy": evaluate(model, offline)}
-        write_json(offline / "summary.json", start)
-        print(f"before training: {accuracies(start)}; offline rollouts took {seconds:.1f} s\n", flush=True)
-    summaries = [start]
-
-    for stage in range(stages):
-        folder = out / f"stage-{stage:02d}"
-        summary = load_summary(folder)
-        if summary is None:
-            policy = out / f"stage-{stage - 1:02d}" / "model" if stage else model
-            stage_seed = 1000 * seed + stage
-            clock = time.perf_counter()
-            sources: dict = {} if selector in ("full", "random") else {"trajectories": offline / "train.safetensors"}
-            live = len(pool)
-            if selector == "influence":
-                for name in ("train", *(f"valid-{name}" for name in valid_sets)):
-                    count = call(
-                        "project",
-                        model=policy,
-                        trajectories=offline / f"{name}.safetensors",
-                        out=folder / f"gradients-{name}.safetensors",
-                        seed=stage_seed,
-                        **settings["project"],
-                    )
-                    live = count if name == "train" else live
-                sources["gradients"] = folder / "gradients-train.safetensors"
-                sources["valid_gradients"] = [folder / f"gradients-valid-{name}.safetensors" for name in valid_sets]
-            selection = folder / "selection.safetensors"
-            chosen = call(
-                "select", data=train, method=selector, frac=frac, seed=stage_seed, out=selection, **sources
-            )
-            scored = time.perf_counter()
-            log = call(
-                "train",
-                model=policy,
-                initial_model=model,
-                optimizer=out / f"stage-{stage - 1:02d}" / "optimizer.safetensors" if stage else None,
-                data=train,
-                selection=selection,
-                out=folder,
-                seed=stage_seed,
-                **settings["train"],
-            )
-            trained = time.perf_counter()
-            accuracy = evaluate(policy=folder / "model", folder=folder)
-            summary = {
-                "stage": stage,
-                "steps": summaries[-1]["steps"] + len(log),
-                "live_prompts": live,
-                "chosen": len(chosen),
-                "reward": float(np.mean([line["reward"] for line in log])),
-                "accuracy": accuracy,
-                "seconds_scoring": scored - clock,
-                "seconds_training": trained - scored,
-                "seconds_evaluation": time.perf_counter() - trained,
-            }
-            with whole_file(folder / "metrics.jsonl") as temporary:
-                evaluations = [{"evaluation": name, "accuracy": value} for name, value in accuracy.items()]
-                temporary.write_text("".join(json.dumps(line) + "\n" for line in [*log, *evaluations]))
-            write_json(folder / "summary.json", summary)
-            print(
-                f"stage {stage + 1} of {stages}: {live} live prompts, {len(chosen)} chosen "
-                f"({chosen_groups(pool, chosen, group_by)}), reward {summary['reward']:.3f}; {accuracies(summary)}; "
-                f"scoring {summary['seconds_scoring']:.1f} s, training {summary['seconds_training']:.1f} s\n",
-                flush=True,
-            )
-        summaries.append(summary)
-
-    chosen_by_stage = [
-        open_tensors(out / f"stage-{stage:02d}" / "selection.safetensors", "selection")[0].get_tensor("ranked")
-        for stage in range(stages)
-    ]
     targeted = [name for name in test_sets if name in valid_sets]
-    draw_curve(out / "curve.png", summaries, targeted, f"{selector}, seed {seed}")
-    draw_selection(out / "selection.png", pool, chosen_by_stage, group_by, f"{selector}, seed {seed}")
+    title = f"{selector}, seed {seed}"
+    draw_curve(out / "curve.png", summaries, targeted, title)
+    draw_selection(out / "selection.png", prompts, chosen, group_by, title)
     report = {
         "selector": selector,
         "seed": seed,
@@ -292,25 +357,6 @@ def run(
     return report
 
 
-def open_run(out: Path, settings: dict) -> None:
-    """Begin the run folder, or check that it was begun with the same settings."""
-    settings = json.loads(json.dumps(settings))
-    file = out / "run.json"
-    if file.is_file():
-        found = json.loads(file.read_text())["settings"]
-        changed = [name for name in settings if found.get(name) != settings[name]]
-        require(not changed, f"{out} was begun with another {', '.join(changed)} (see its run.json); choose a new --out")
-    else:
-        packages = ("torch", "transformers", "numpy", "safetensors")
-        versions = {name: importlib.metadata.version(name) for name in packages} | {"python": platform.python_version()}
-        write_json(file, {"format": rollout.FORMAT, "settings": settings, "versions": versions})
-
-
-def load_summary(folder: Path) -> dict | None:
-    file = folder / "summary.json"
-    return json.loads(file.read_text()) if file.is_file() else None
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # What a person looks at
 
@@ -319,22 +365,28 @@ def accuracies(summary: dict) -> str:
     return "accuracy " + ", ".join(f"{name} {value:.3f}" for name, value in summary["accuracy"].items())
 
 
-def chosen_groups(pool: list[dict], chosen: np.ndarray, column: str, most: int = 4) -> str:
-    """The largest groups among the chosen prompts, in words."""
+def stage_line(summary: dict, pool: list[dict], chosen: np.ndarray, column: str, most: int = 4) -> str:
+    """What a person wants to know of a stage."""
     names, counts = np.unique([str(pool[i].get(column, "all")) for i in chosen], return_counts=True)
     order = np.argsort(-counts, kind="stable")
-    words = [f"{names[j]} {counts[j] / len(chosen):.0%}" for j in order[:most]]
-    return ", ".join(words) + (" ..." if len(names) > most else "")
+    groups = ", ".join(f"{names[j]} {counts[j] / len(chosen):.0%}" for j in order[:most])
+    live = "" if summary["live_prompts"] is None else f"{summary['live_prompts']} live prompts, "
+    return (
+        f"{live}{len(chosen)} chosen ({groups}{' ...' if len(names) > most else ''}), reward {summary['reward']:.3f}; "
+        f"{accuracies(summary)}; "
+        f"scoring {summary['seconds_scoring']:.1f} s, training {summary['seconds_training']:.1f} s"
+    )
 
 
 def print_table(summaries: list[dict]) -> None:
     names = list(summaries[0]["accuracy"])
     print("\nstage  steps  chosen  reward  " + "  ".join(names) + "  scoring s  training s")
     for s in summaries:
-        row = [f"{s['stage'] + 1:5d}  {s['steps']:5d}  {s.get('chosen', 0):6d}  {s.get('reward', float('nan')):6.3f}"]
+        row = [f"{s['stage']:5d}  {s['steps']:5d}"]
+        row += [f"{s['chosen']:6d}  {s['reward']:6.3f}" if s["stage"] else " " * 14]
         row += [f"{s['accuracy'][name]:{len(name)}.3f}" for name in names]
-        row += [f"{s.get('seconds_scoring', 0):9.1f}  {s.get('seconds_training', 0):10.1f}"]
-        print("  ".join(row))
+        row += [f"{s['seconds_scoring']:9.1f}  {s['seconds_training']:10.1f}" if s["stage"] else ""]
+        print("  ".join(row).rstrip())
 
 
 def draw_curve(path: Path, summaries: list[dict], targeted: list[str], title: str) -> None:
@@ -360,7 +412,7 @@ def draw_curve(path: Path, summaries: list[dict], targeted: list[str], title: st
 
 
 def draw_selection(path: Path, pool: list[dict], chosen: list[np.ndarray], column: str, title: str) -> None:
-    """What each stage chose, by a column of the data, beside the pool; and how much of it the stage before had chosen."""
+    """What each stage chose, by a column of the data, beside the pool; and how much of it was chosen before."""
     plt = _pyplot()
     groups = [str(row.get(column, "all")) for row in pool]
     names = sorted(set(groups))
@@ -374,7 +426,7 @@ def draw_selection(path: Path, pool: list[dict], chosen: list[np.ndarray], colum
         bottom += shares[:, g]
     left.set(title=f"chosen prompts by {column}", xlabel="stage", ylabel="share", ylim=(0, 1))
     left.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize="small")
-    kept = [np.isin(now, before).mean() for before, now in zip(chosen, chosen[1:], strict=False)]
+    kept = [np.isin(now, before).mean() for before, now in itertools.pairwise(chosen)]
     ever = [len(np.unique(np.concatenate(chosen[: s + 1]))) / len(pool) for s in range(len(chosen))]
     right.plot(range(2, len(chosen) + 1), kept, marker="o", label="share chosen by the stage before")
     right.plot(range(1, len(chosen) + 1), ever, marker="s", label="share of the pool ever chosen")

@@ -51,6 +51,8 @@ from transformers import PreTrainedModel
 
 from rollout import (
     TOY,
+    BatchTokens,
+    above_zero,
     command_line,
     digest,
     lineage,
@@ -177,13 +179,13 @@ def project(
     trajectories: Annotated[Path, typer.Option(help="Trajectory file that rollout.py wrote.")],
     out: Annotated[Path, typer.Option(help="Gradient file to write.")],
     model: Annotated[Path, typer.Option(help="Model folder of the current policy.")] = TOY / "model",
-    k: Annotated[int, typer.Option(help="Dimensions of the sketch (the paper's 32768 suits larger models).")] = 4096,
-    sparse_ratio: Annotated[float, typer.Option(help="r, the share of gradient coordinates kept.")] = 0.1,
-    batch_tokens: Annotated[int, typer.Option(help="Padded tokens per batch; lower it for memory.")] = 2048,
-    seed: Annotated[int, typer.Option(help="Of the projection; all files of one selection need the same.")] = 0,
+    k: Annotated[int, typer.Option(min=1, help="Dimensions of the sketch; the paper's is 32768.")] = 4096,
+    sparse_ratio: Annotated[
+        float, typer.Option(callback=above_zero, max=1, help="r, the share of gradient coordinates kept.")
+    ] = 0.1,
+    batch_tokens: BatchTokens = 2048,
+    seed: Annotated[int, typer.Option(min=0, help="Of the projection; all files of one selection need the same.")] = 0,
 ) -> int:
-    require(k >= 1, f"--k {k}: a sketch needs at least 1 dimension")
-    require(0 < sparse_ratio <= 1, f"--sparse-ratio {sparse_ratio}: it must be above 0 and at most 1")
     stored = open_trajectories(trajectories)
     live = stored.live_groups()
     require(
@@ -213,7 +215,7 @@ def project(
     norms, ess, columns = [], [], {}
     with (
         save_rows(out, "gradients", "sketch", (len(live), k), columns, metadata) as write,
-        tqdm(total=len(live), desc=f"project {trajectories.stem}", unit="prompt", disable=None) as bar,
+        tqdm(total=len(live), desc=f"project {trajectories.stem}", unit="prompt", leave=False, disable=None) as bar,
     ):
         for groups in micro_batches(stored, live, batch_tokens):
             batch = collate(stored, groups, policy.device)

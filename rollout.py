@@ -20,8 +20,8 @@ import, so it also holds what they share: the error for bad input, the files, th
 The policy is softmax(logits / temperature) everywhere: here, in the GRPO step and in the influence estimate. There is
 no top-p and no top-k, since both would bend the ratios π/β that the off-policy gradient is made of (equation 2).
 
-A completion depends on (seed, prompt_index, sample) alone: not on batch size or the order of the prompts, beyond
-rounding. Evaluation is this script on a test set: accuracy is the mean reward of a trajectory file.
+A completion depends on (model, seed, data file, prompt_index, sample) alone: not on batch size or the order of the
+prompts, beyond rounding. Evaluation is this script on a test set: accuracy is the mean reward of a trajectory file.
 """
 
 import hashlib
@@ -59,16 +59,28 @@ class BadInput(Exception):
 
 
 def command_line(app: typer.Typer) -> None:
-    """Run a script's command line. `BadInput` becomes one line; a bug keeps its traceback."""
+    """Run a script's command line. Bad input, usage errors too, becomes one line; a bug keeps its traceback."""
+    usage_error = typer.BadParameter.__base__  # unknown or missing options too
     try:
-        app()
+        app(standalone_mode=False)
+        return
+    except usage_error as error:
+        message = error.format_message()
     except BadInput as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        message = str(error)
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)
 
 
 def new_app(**options) -> typer.Typer:
     return typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None, **options)
+
+
+def above_zero(value: float) -> float:
+    """Check of an option, where typer's own `min` would let 0 through."""
+    if not value > 0:
+        raise typer.BadParameter(f"{value} is not above 0")
+    return value
 
 
 def require(condition: bool, message: str) -> None:
@@ -117,6 +129,7 @@ def file_metadata(kind: str, metadata: dict) -> dict[str, str]:
 
 
 HEADER_BYTES = 1 << 14
+DTYPES = {"F64": np.float64, "F32": np.float32, "I64": np.int64, "I32": np.int32, "U8": np.uint8}  # safetensors' names
 
 
 @contextmanager
@@ -128,14 +141,14 @@ def save_rows(
     Yields a function that takes the next rows (n, k). What the caller puts into `columns` and `metadata` meanwhile is
     written after them. The format is an 8-byte header length, the header (JSON, padded with spaces), then the data.
     """
-    dtypes = {"float32": "F32", "int32": "I32"}
+    names = {np.dtype(dtype): name for name, dtype in DTYPES.items()}
     with whole_file(path) as temporary, open(temporary, "wb") as file:
         file.write(bytes(HEADER_BYTES))
         yield lambda rows: file.write(rows.astype(np.float32).tobytes())
         end = 4 * shape[0] * shape[1]
         header = {name: {"dtype": "F32", "shape": shape, "data_offsets": (0, end)}}
         for column, values in columns.items():
-            header[column] = {"dtype": dtypes[str(values.dtype)], "shape": values.shape}
+            header[column] = {"dtype": names[values.dtype], "shape": values.shape}
             header[column]["data_offsets"] = (end, end := end + values.nbytes)
             file.write(values.tobytes())
         text = json.dumps({"__metadata__": file_metadata(kind, metadata)} | header).encode()
@@ -144,23 +157,29 @@ def save_rows(
         file.write(struct.pack("<Q", HEADER_BYTES - 8) + text.ljust(HEADER_BYTES - 8))
 
 
-def open_tensors(path: Path, kind: str) -> tuple[safe_open, dict]:
-    """Open one of our files for lazy reading.
+def open_tensors(path: Path, kind: str) -> tuple[dict[str, np.ndarray], dict]:
+    """Open one of our files: its tensors, mapped into memory and read from disk as they are sliced, and its metadata.
 
-    Returns:
-        the open file (`get_tensor`, `get_slice`) and its metadata, decoded.
     Raises:
         BadInput: missing, cut short, not safetensors, of another kind or another format version.
     """
     require(path.is_file(), f"{path}: no such file")
     try:
-        file = safe_open(path, framework="np")
+        with safe_open(path, framework="np") as file:  # checks that header and length agree
+            metadata = dict(file.metadata() or {})
     except SafetensorError as error:
         raise BadInput(f"{path} is not a whole safetensors file ({error}); write it again") from None
-    metadata = dict(file.metadata() or {})
     found = f"{metadata.pop('kind', 'an unknown file')} ({metadata.pop('format', 'no format')})"
     require(found == f"{kind} ({FORMAT})", f"{path} holds {found}, where {kind} ({FORMAT}) is needed")
-    return file, {key: json.loads(value) for key, value in metadata.items()}
+    with open(path, "rb") as file:
+        start = 8 + (length := struct.unpack("<Q", file.read(8))[0])
+        header = json.loads(file.read(length))
+    tensors = {
+        name: np.memmap(path, DTYPES[entry["dtype"]], "r", start + entry["data_offsets"][0], tuple(entry["shape"]))
+        for name, entry in header.items()
+        if name != "__metadata__"
+    }
+    return tensors, {key: json.loads(value) for key, value in metadata.items()}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -171,10 +190,12 @@ def load_prompts(path: Path) -> list[dict]:
     """Rows of a jsonl file. Each has the strings `prompt` and `answer`; other columns go to the reward function."""
     require(path.is_file(), f"{path}: no such data file")
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
+        if not line.strip():
+            continue
         try:
             row = json.loads(line)
-        except json.JSONDecodeError as error:
+        except ValueError as error:
             raise BadInput(f"{path}, line {number}: not JSON ({error})") from None
         for column in ("prompt", "answer"):
             given = isinstance(row, dict) and isinstance(row.get(column), str) and row[column] != ""
@@ -215,9 +236,15 @@ def exact(prompts: Sequence[str], completions: Sequence[str], answer: Sequence[s
 REWARDS: dict[str, Callable[..., list[float]]] = {"exact": exact}
 
 
+def known_reward(name: str) -> str:
+    """Check of an option."""
+    if name not in REWARDS:
+        raise typer.BadParameter(f"{name!r} is unknown (there is: {', '.join(REWARDS)})")
+    return name
+
+
 def verify(reward: str, rows: Sequence[dict], completions: Sequence[str]) -> np.ndarray:
     """Rewards (M,) float32 of M completions, `rows[m]` being the data row of completion m."""
-    require(reward in REWARDS, f"reward {reward!r} is unknown (there is: {', '.join(REWARDS)})")
     columns = {name: [row.get(name) for row in rows] for name in rows[0]}
     return np.array(REWARDS[reward](columns.pop("prompt"), completions, **columns), np.float32)
 
@@ -243,6 +270,7 @@ class TransformersEngine:
         self.model, self.batch_tokens = model, batch_tokens
         ends = model.generation_config.eos_token_id
         ends = tokenizer.eos_token_id if ends is None else ends
+        require(ends is not None, "neither generation_config.json nor the tokenizer names an end token (eos_token)")
         self.end_tokens = torch.tensor(ends, device=model.device).reshape(-1)
 
     def generate(
@@ -262,16 +290,17 @@ class TransformersEngine:
             seeds: of prompt i: its random numbers are those of numpy's default_rng(seeds[i]).
             progress: title of the progress bar, if there is to be one.
         Raises:
-            BadInput: NaN or infinity in the logits.
+            FloatingPointError(i): NaN or infinity in the logits at prompts[i].
         """
         done: list[list[Completion]] = [[] for _ in prompts]
-        with tqdm(total=len(prompts), desc=progress, unit="prompt", disable=None if progress else True) as bar:
+        disable = None if progress else True  # None: where output is no terminal
+        with tqdm(total=len(prompts), desc=progress, unit="prompt", leave=False, disable=disable) as bar:
             for batch in self._batches([len(p) + max_tokens for p in prompts], samples):
                 uniforms = [np.random.default_rng(seeds[i]).random((samples, max_tokens), np.float32) for i in batch]
                 try:
                     completions = self._generate([prompts[i] for i in batch], np.concatenate(uniforms), temperature)
                 except FloatingPointError as error:
-                    raise BadInput(f"logits are not finite at prompt {batch[error.args[0] // samples]}") from None
+                    raise FloatingPointError(batch[error.args[0] // samples]) from None
                 for j, i in enumerate(batch):
                     done[i] = completions[j * samples : (j + 1) * samples]
                 bar.update(len(batch))
@@ -349,10 +378,7 @@ def pad_left(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[torch
 
 @dataclass
 class Trajectories:
-    """What a trajectory file holds (shapes at the head of this file).
-
-    `tokens` and `behavior_logps` of an opened file stay on disk until they are sliced.
-    """
+    """What a trajectory file holds (shapes at the head of this file)."""
 
     tokens: np.ndarray
     offsets: np.ndarray
@@ -364,17 +390,11 @@ class Trajectories:
     metadata: dict
 
     def __post_init__(self):
-        lengths = np.diff(self.offsets) - self.prompt_length  # (M,) of the completions
-        self.logp_offsets = np.concatenate([[0], np.cumsum(lengths)])
+        self.completion_length = np.diff(self.offsets) - self.prompt_length  # (M,)
+        self.logp_offsets = np.concatenate([[0], np.cumsum(self.completion_length)])  # (M+1,) into behavior_logps
 
     def prompt(self, m: int) -> np.ndarray:
         return self.tokens[self.offsets[m] : self.offsets[m] + self.prompt_length[m]]
-
-    def completion(self, m: int) -> np.ndarray:
-        return self.tokens[self.offsets[m] + self.prompt_length[m] : self.offsets[m + 1]]
-
-    def logps(self, m: int) -> np.ndarray:
-        return self.behavior_logps[self.logp_offsets[m] : self.logp_offsets[m + 1]]
 
     def groups(self) -> dict[int, np.ndarray]:
         """prompt_index -> rows (K,) of its trajectories."""
@@ -406,8 +426,13 @@ def sample_trajectories(
 ) -> Trajectories:
     """K = `samples` verified trajectories for each of N prompts; `rows[n]` has the index `prompt_index[n]`."""
     prompts = tokenizer([row["prompt"] for row in rows], add_special_tokens=False).input_ids
+    empty = [i for i, prompt in zip(prompt_index, prompts, strict=True) if not prompt]
+    require(not empty, f"prompt {empty[:1]} has no tokens for this tokenizer; take it out of the data")
     seeds = [[*seed, i] for i in prompt_index]
-    groups = engine.generate(prompts, samples, max_tokens, temperature, seeds, progress)
+    try:
+        groups = engine.generate(prompts, samples, max_tokens, temperature, seeds, progress)
+    except FloatingPointError as error:
+        raise BadInput(f"logits are not finite at prompt {prompt_index[error.args[0]]}; the model is broken") from None
     completions = [c for group in groups for c in group]  # (M,)
     texts = tokenizer.batch_decode([c.tokens for c in completions], skip_special_tokens=True)
     prompt_length = np.repeat(np.array([len(p) for p in prompts], np.int32), samples)
@@ -429,11 +454,8 @@ TENSORS = ("tokens", "offsets", "prompt_length", "behavior_logps", "rewards", "p
 
 
 def open_trajectories(path: Path) -> Trajectories:
-    file, metadata = open_tensors(path, "trajectories")
-    lazy = {"tokens", "behavior_logps"}
-    return Trajectories(
-        **{name: file.get_slice(name) if name in lazy else file.get_tensor(name) for name in TENSORS}, metadata=metadata
-    )
+    tensors, metadata = open_tensors(path, "trajectories")
+    return Trajectories(**tensors, metadata=metadata)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -441,26 +463,30 @@ def open_trajectories(path: Path) -> Trajectories:
 
 app = new_app()
 
+# Options that train.py has as well.
+Samples = Annotated[int, typer.Option(min=1, help="K, completions per prompt.")]
+Temperature = Annotated[float, typer.Option(callback=above_zero, help="The policy is softmax(logits / temperature).")]
+MaxTokens = Annotated[int, typer.Option(min=1, help="Longest completion, in tokens.")]
+Reward = Annotated[str, typer.Option(callback=known_reward, help=f"Verifiable reward: {', '.join(REWARDS)}.")]
+BatchTokens = Annotated[int, typer.Option(min=1, help="Tokens in a batch, padding included; lower it for memory.")]
+Seed = Annotated[int, typer.Option(min=0, help="Of everything random here.")]
+
 
 @app.command(help=__doc__.splitlines()[0])
 def rollout(
     out: Annotated[Path, typer.Option(help="Trajectory file to write.")],
     model: Annotated[Path, typer.Option(help="Model folder of the policy that samples.")] = TOY / "model",
     data: Annotated[Path, typer.Option(help="jsonl file with the columns prompt and answer.")] = TOY / "train.jsonl",
-    samples: Annotated[int, typer.Option(help="K, completions per prompt.")] = 8,
-    temperature: Annotated[float, typer.Option(help="The policy is softmax(logits / temperature).")] = 1.0,
-    max_tokens: Annotated[int, typer.Option(help="Longest completion, in tokens.")] = 8,
-    reward: Annotated[str, typer.Option(help="Verifiable reward: exact.")] = "exact",
-    batch_tokens: Annotated[int, typer.Option(help="KV cache slots per batch; lower it if memory runs out.")] = 16384,
-    seed: Annotated[int, typer.Option(help="Of the samples.")] = 0,
+    samples: Samples = 8,
+    temperature: Temperature = 1.0,
+    max_tokens: MaxTokens = 8,
+    reward: Reward = "exact",
+    batch_tokens: BatchTokens = 16384,
+    seed: Seed = 0,
 ) -> Trajectories:
     rows = load_prompts(data)
-    require(samples >= 1, f"--samples {samples}: at least 1 completion per prompt is needed")
-    require(temperature > 0, f"--temperature {temperature}: it must be above 0")
-    require(max_tokens >= 1, f"--max-tokens {max_tokens}: it must be at least 1")
-    require(reward in REWARDS, f"--reward {reward}: unknown (there is: {', '.join(REWARDS)})")
-    options = {"samples": samples, "temperature": temperature, "max_tokens": max_tokens, "reward": reward, "seed": seed}
     policy, tokenizer = load_model(model)
+    data_digest = digest(data)
     trajectories = sample_trajectories(
         TransformersEngine(policy, tokenizer, batch_tokens),
         tokenizer,
@@ -470,10 +496,11 @@ def rollout(
         max_tokens=max_tokens,
         temperature=temperature,
         reward=reward,
-        seed=[seed],
+        seed=[seed, int(data_digest, 16)],
         progress=f"rollout {data.stem}",
     )
-    trajectories.metadata = {"model": digest(model), "data": digest(data), "prompts": len(rows), "options": options}
+    options = {"samples": samples, "temperature": temperature, "max_tokens": max_tokens, "reward": reward, "seed": seed}
+    trajectories.metadata = {"model": digest(model), "data": data_digest, "prompts": len(rows), "options": options}
     tensors = {name: getattr(trajectories, name) for name in TENSORS}
     save_tensors(out, "trajectories", tensors, trajectories.metadata)
     live = len(trajectories.live_groups())

@@ -17,19 +17,19 @@ Writes  N chosen prompts, best first, and beside it the same for people, a CSV w
     s_V(x)   = cos( g̃(x), 1/|V| Σ_{v in V} g̃(v) )                                                             (4)
     score(x) = Σ_V 1/rank_V(x)  over the sets in whose top N it stands,  N = frac·|D|                         (5)
 
-|D| counts the whole pool. Only live prompts can be chosen, so fewer than N are where fewer are live. Equal fused scores
-are ordered by mean cosine, then by index.
+|D| counts the whole pool. Only live prompts can be chosen, so fewer than N are where fewer are live. Equal fused
+scores are ordered by mean cosine, then by index.
 
-The baselines choose from the whole pool by the stored trajectories alone, equals in random order: `full` (everything),
-`random`, `pass-rate` (p nearest to 1/2), `learnability` (largest p(1-p)). As p(1-p) = 1/4 - (p - 1/2)², the last two are
-one order when both use the same p; both names are kept because the field uses both.
+The baselines choose from the whole pool, equals in random order: `full` (everything), `random`, and by the pass rate p
+of the stored trajectories `pass-rate` (p nearest to 1/2) and `learnability` (largest p(1-p)). As p(1-p) is
+1/4 - (p - 1/2)², the last two are one order here, where both use the same p; the field knows both names.
 """
 
 from __future__ import annotations  # no annotation below is evaluated when this file is asked for as `select`
 
 if __name__ == "select":
-    # The standard library's `select` was asked for (by subprocess, asyncio, pytest ...), and this folder, standing first
-    # on sys.path, answered. Find the real one on a path without this folder, and put it where the import looks.
+    # The standard library's `select` was asked for (by subprocess, asyncio, pytest ...), and this folder, standing
+    # first on sys.path, answered. Find the real one on a path without this folder, put it where the import looks.
     import importlib.machinery
     import importlib.util
     import os
@@ -51,6 +51,7 @@ else:
     import typer
 
     from rollout import (
+        above_zero,
         command_line,
         digest,
         load_prompts,
@@ -70,27 +71,22 @@ ROWS = 1024  # sketches in memory at a time
 # The formulas
 
 
-def sketch_blocks(file) -> Iterator[np.ndarray]:
-    """The sketches of an opened gradient file, (N, k), some rows (n, k) float64 at a time."""
-    sketch = file.get_slice("sketch")
-    rows = sketch.get_shape()[0]
-    for start in range(0, rows, ROWS):
-        yield sketch[start : min(start + ROWS, rows)].astype(np.float64)
+def blocks(sketch: np.ndarray) -> Iterator[np.ndarray]:
+    """Some rows (n, k) at a time of sketches (N, k) that may be larger than memory, in float64."""
+    for start in range(0, len(sketch), ROWS):
+        yield np.array(sketch[start : start + ROWS], np.float64)
 
 
-def mean_sketch(file) -> np.ndarray:
-    """1/|V| Σ g̃(v) of an opened gradient file: (k,)."""
-    return sum(block.sum(0) for block in sketch_blocks(file)) / len(file.get_tensor("prompt_index"))
+def mean_sketch(sketch: np.ndarray) -> np.ndarray:
+    """1/|V| Σ g̃(v): (N, k) -> (k,)."""
+    return sum(block.sum(0) for block in blocks(sketch)) / len(sketch)
 
 
-def cosines(file, directions: np.ndarray) -> np.ndarray:
-    """Equation 4: cosine of every sketch of an opened gradient file with V directions (V, k): (N, V).
-
-    The cosine with a zero vector is 0.
-    """
+def cosines(sketch: np.ndarray, directions: np.ndarray) -> np.ndarray:
+    """Equation 4: cosine of every sketch (N, k) with V directions (V, k): (N, V). With a zero vector it is 0."""
     directions = directions / np.maximum(np.linalg.norm(directions, axis=1, keepdims=True), 1e-30)
     scores = []
-    for block in sketch_blocks(file):
+    for block in blocks(sketch):
         norms = np.maximum(np.linalg.norm(block, axis=1, keepdims=True), 1e-30)
         scores.append(block @ directions.T / norms)  # (n, k) x (k, V) -> (n, V)
     return np.concatenate(scores)
@@ -127,10 +123,10 @@ def by_influence(gradients: Path, valid_gradients: list[Path], top: int) -> tupl
         for key, thing in (("model", "model"), ("options", "projection")):
             same = found[key] == metadata[key]
             require(same, f"{path} was made with another {thing} than {gradients}; run project.py again for both")
-        directions.append(mean_sketch(valid))
-    prompt_index = train.get_tensor("prompt_index").astype(np.int64)
+        directions.append(mean_sketch(valid["sketch"]))
+    prompt_index = train["prompt_index"].astype(np.int64)
     by_index = np.argsort(prompt_index)  # file order is a matter of batching; the last tie-break is the index
-    score_by_set = cosines(train, np.stack(directions))[by_index]
+    score_by_set = cosines(train["sketch"], np.stack(directions))[by_index]
     rank_by_set = ranks(score_by_set)
     score = reciprocal_rank_fusion(rank_by_set, top)
     order = np.lexsort((-score_by_set.mean(1), -score))  # by score, then by mean cosine
@@ -159,18 +155,25 @@ def by_baseline(method: str, pass_rate: np.ndarray, seed: int) -> dict[str, np.n
 # The command
 
 
+def known_method(name: str) -> str:
+    """Check of an option."""
+    if name not in METHODS:
+        raise typer.BadParameter(f"{name!r} is unknown (there is: {', '.join(METHODS)})")
+    return name
+
+
 def select(
     out: Annotated[Path, typer.Option(help="Selection file to write; the CSV goes beside it.")],
     data: Annotated[Path, typer.Option(help="jsonl file of the pool to choose from.")],
-    trajectories: Annotated[Path | None, typer.Option(help="The pool's trajectory file (not for full, random).")] = None,
-    gradients: Annotated[Path | None, typer.Option(help="The pool's gradient file (influence only).")] = None,
-    valid_gradients: Annotated[list[Path] | None, typer.Option(help="Gradient file of a validation set; repeat.")] = None,
-    method: Annotated[str, typer.Option(help="One of: " + ", ".join(METHODS) + ".")] = "influence",
-    frac: Annotated[float, typer.Option(help="Share of the pool to choose.")] = 0.1,
-    seed: Annotated[int, typer.Option(help="Of the baselines' random order.")] = 0,
+    trajectories: Annotated[Path | None, typer.Option(help="The pool's trajectories (not for full, random).")] = None,
+    gradients: Annotated[Path | None, typer.Option(help="The pool's gradients (influence only).")] = None,
+    valid_gradients: Annotated[list[Path] | None, typer.Option(help="The same of a validation set; repeat.")] = None,
+    method: Annotated[
+        str, typer.Option(callback=known_method, help="One of: " + ", ".join(METHODS) + ".")
+    ] = "influence",
+    frac: Annotated[float, typer.Option(callback=above_zero, max=1, help="Share of the pool to choose.")] = 0.1,
+    seed: Annotated[int, typer.Option(min=0, help="Of the baselines' random order.")] = 0,
 ) -> np.ndarray:
-    require(method in METHODS, f"--method {method}: unknown (there is: {', '.join(METHODS)})")
-    require(0 < frac <= 1, f"--frac {frac}: it must be above 0 and at most 1")
     rows = load_prompts(data)
     sources = {"data": digest(data)}
     rates = dict.fromkeys(range(len(rows)), float("nan"))  # unknown
@@ -202,8 +205,8 @@ def select(
                 for value in (f"{table['score_by_set'][place, v]:.4f}", table["rank_by_set"][place, v])
             ]
             score = f"{table['score'][place]:.5f}"
-            row = [place + 1, int(place < top), i, f"{rates[i]:.3f}", score, *sets, rows[i]["prompt"], rows[i]["answer"]]
-            writer.writerow(row)
+            texts = rows[i]["prompt"], rows[i]["answer"]
+            writer.writerow([place + 1, int(place < top), i, f"{rates[i]:.3f}", score, *sets, *texts])
     chosen = {name: np.ascontiguousarray(values[:top]) for name, values in table.items()}
     options = {"method": method, "frac": frac, "seed": seed, "sets": names}
     save_tensors(out, "selection", chosen, sources | {"prompts": len(rows), "options": options})

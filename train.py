@@ -41,8 +41,14 @@ from transformers import DynamicCache, PreTrainedModel
 from rollout import (
     TOY,
     BadInput,
+    BatchTokens,
+    MaxTokens,
+    Reward,
+    Seed,
+    Temperature,
     Trajectories,
     TransformersEngine,
+    above_zero,
     command_line,
     digest,
     file_metadata,
@@ -115,23 +121,22 @@ class Batch:
 def collate(trajectories: Trajectories, groups: Sequence[tuple[int, np.ndarray]], device: torch.device) -> Batch:
     """Pad the given groups (prompt_index, rows (K,)) of trajectories into a batch."""
     prompt_ids, prompt_mask = pad_left([trajectories.prompt(rows[0]) for _, rows in groups], device)
-    order = np.concatenate([rows for _, rows in groups])  # (P*K,)
-    width = max(len(trajectories.completion(m)) for m in order)
-    completion_ids = torch.zeros(len(order), width, dtype=torch.long)
-    mask, behavior_logps = torch.zeros(len(order), width), torch.zeros(len(order), width)
-    for row, m in enumerate(order):
-        completion = trajectories.completion(m)
-        completion_ids[row, : len(completion)] = torch.as_tensor(completion)
-        mask[row, : len(completion)] = 1
-        behavior_logps[row, : len(completion)] = torch.as_tensor(trajectories.logps(m))
-    rewards = torch.as_tensor(np.stack([trajectories.rewards[rows] for _, rows in groups]))  # (P, K)
+    rows = np.concatenate([rows for _, rows in groups])  # (P*K,)
+    length = trajectories.completion_length[rows]
+    column = np.arange(length.max())
+    mask = column < length[:, None]  # (P*K, C)
+    first_token = trajectories.offsets[rows] + trajectories.prompt_length[rows]
+    completion_ids, behavior_logps = np.zeros(mask.shape, np.int64), np.zeros(mask.shape, np.float32)
+    completion_ids[mask] = trajectories.tokens[(first_token[:, None] + column)[mask]]
+    behavior_logps[mask] = trajectories.behavior_logps[(trajectories.logp_offsets[rows][:, None] + column)[mask]]
+    rewards = torch.from_numpy(trajectories.rewards[rows]).view(len(groups), -1)  # (P, K)
     return Batch(
         prompt_index=[i for i, _ in groups],
         prompt_ids=prompt_ids,
         prompt_mask=prompt_mask,
-        completion_ids=completion_ids.to(device),
-        mask=mask.to(device),
-        behavior_logps=behavior_logps.to(device),
+        completion_ids=torch.from_numpy(completion_ids).to(device),
+        mask=torch.from_numpy(mask).float().to(device),
+        behavior_logps=torch.from_numpy(behavior_logps).to(device),
         advantages=group_advantages(rewards).flatten().to(device),  # (P, K) -> (P*K,)
     )
 
@@ -140,9 +145,9 @@ def micro_batches(
     trajectories: Trajectories, groups: dict[int, np.ndarray], batch_tokens: int
 ) -> Iterator[list[tuple[int, np.ndarray]]]:
     """Cut groups into batches of at most `batch_tokens` padded tokens (or one group), those of like length together."""
-    lengths = np.diff(trajectories.offsets) - trajectories.prompt_length  # (M,)
+    completion, prompt = trajectories.completion_length, trajectories.prompt_length
     # (longest completion, prompt length) of each group; a group costs its prompt once and K completions
-    size = {i: (int(lengths[rows].max()), int(trajectories.prompt_length[rows[0]])) for i, rows in groups.items()}
+    size = {i: (int(completion[rows].max()), int(prompt[rows[0]])) for i, rows in groups.items()}
     batch: list[tuple[int, np.ndarray]] = []
     longest_prompt = 0
     for i in sorted(groups, key=lambda i: (size[i], i)):
@@ -247,11 +252,12 @@ def save_optimizer(path: Path, optimizer: torch.optim.AdamW, model: PreTrainedMo
 
 
 def load_optimizer(path: Path, optimizer: torch.optim.AdamW, model: PreTrainedModel, model_path: Path) -> None:
-    file, metadata = open_tensors(path, "optimizer")
-    require(metadata["model"] == digest(model_path), f"{path} is the optimizer state of another model than {model_path}")
+    moments, metadata = open_tensors(path, "optimizer")
+    same = metadata["model"] == digest(model_path)
+    require(same, f"{path} is the optimizer state of another model than {model_path}")
     for name, parameter in model.named_parameters():
         optimizer.state[parameter] = {"step": torch.tensor(float(metadata["steps"]))} | {
-            moment: torch.from_numpy(file.get_tensor(f"{name}.{moment}")).to(parameter.device)
+            moment: torch.from_numpy(np.array(moments[f"{name}.{moment}"])).to(parameter.device)
             for moment in ("exp_avg", "exp_avg_sq")
         }
 
@@ -267,30 +273,28 @@ def train(
     selection: Annotated[Path, typer.Option(help="Selection file that select.py wrote.")],
     out: Annotated[Path, typer.Option(help="Folder for model/, optimizer.safetensors and metrics.jsonl.")],
     model: Annotated[Path, typer.Option(help="Model folder to start from.")] = TOY / "model",
-    initial_model: Annotated[Path | None, typer.Option(help="Initial policy of the KL term.  [default: --model]")] = None,
+    initial_model: Annotated[Path | None, typer.Option(help="Initial policy, for KL.  [default: --model]")] = None,
     optimizer: Annotated[Path | None, typer.Option(help="Optimizer state to go on from.  [default: fresh]")] = None,
     data: Annotated[Path, typer.Option(help="jsonl file that the selection points into.")] = TOY / "train.jsonl",
-    steps: Annotated[int, typer.Option(help="Optimizer steps are steps x iterations.")] = 20,
-    batch_prompts: Annotated[int, typer.Option(help="P, prompts per step.")] = 64,
-    samples: Annotated[int, typer.Option(help="K, completions per prompt.")] = 8,
-    iterations: Annotated[int, typer.Option(help="Updates per batch of rollouts (GRPO's mu).")] = 1,
-    lr: Annotated[float, typer.Option(help="AdamW's learning rate.")] = 3e-4,
-    max_grad_norm: Annotated[float, typer.Option(help="Gradient norm is clipped here.")] = 1.0,
-    clip: Annotated[float, typer.Option(help="Ratios are clipped to 1 - clip .. 1 + clip.")] = 0.2,
-    kl: Annotated[float, typer.Option(help="Weight of the KL term; 0 loads no initial policy.")] = 0.001,
-    entropy: Annotated[float, typer.Option(help="Weight of the entropy bonus.")] = 0.001,
-    temperature: Annotated[float, typer.Option(help="The policy is softmax(logits / temperature).")] = 1.0,
-    max_tokens: Annotated[int, typer.Option(help="Longest completion, in tokens.")] = 8,
-    reward: Annotated[str, typer.Option(help="Verifiable reward: exact.")] = "exact",
-    batch_tokens: Annotated[int, typer.Option(help="Padded tokens per micro-batch; lower it for memory.")] = 16384,
-    seed: Annotated[int, typer.Option(help="Of the prompts drawn and of the samples.")] = 0,
+    steps: Annotated[int, typer.Option(min=1, help="Batches of rollouts.")] = 20,
+    batch_prompts: Annotated[int, typer.Option(min=1, help="P, prompts per step.")] = 64,
+    samples: Annotated[int, typer.Option(min=2, help="K, completions per prompt.")] = 8,
+    iterations: Annotated[int, typer.Option(min=1, help="Updates per batch of rollouts (GRPO's mu).")] = 1,
+    lr: Annotated[float, typer.Option(callback=above_zero, help="AdamW's learning rate.")] = 5e-5,
+    max_grad_norm: Annotated[float, typer.Option(callback=above_zero, help="The gradient is cut to this norm.")] = 1.0,
+    clip: Annotated[float, typer.Option(callback=above_zero, help="Ratios are cut to 1 - clip .. 1 + clip.")] = 0.2,
+    kl: Annotated[float, typer.Option(min=0, help="Weight of the KL term; 0 loads no initial policy.")] = 0.001,
+    entropy: Annotated[float, typer.Option(min=0, help="Weight of the entropy bonus.")] = 0.001,
+    temperature: Temperature = 1.0,
+    max_tokens: MaxTokens = 8,
+    reward: Reward = "exact",
+    batch_tokens: BatchTokens = 16384,
+    seed: Seed = 0,
 ) -> list[dict]:
     rows = load_prompts(data)
-    file, metadata = open_tensors(selection, "selection")
+    tensors, metadata = open_tensors(selection, "selection")
     require(metadata["data"] == digest(data), f"{selection} was made from other data than {data}")
-    require(samples >= 2, f"--samples {samples}: a group needs 2 completions or more to compare")
-    require(steps >= 1 and batch_prompts >= 1 and iterations >= 1, "--steps, --batch-prompts, --iterations: 1 or more")
-    chosen = file.get_tensor("ranked")  # (N,)
+    chosen = np.array(tensors["ranked"])  # (N,)
     policy, tokenizer = load_model(model)
     initial = load_model(initial_model or model)[0].requires_grad_(False) if kl else None
     adamw = torch.optim.AdamW(policy.parameters(), lr=lr, weight_decay=0.0, fused=True)
@@ -299,7 +303,7 @@ def train(
     engine = TransformersEngine(policy, tokenizer, batch_tokens)
     random = np.random.default_rng(seed)
     log: list[dict] = []
-    progress = trange(steps, desc="train", unit="step", disable=None)
+    progress = trange(steps, desc="train", unit="step", leave=False, disable=None)
     for step in progress:
         start = time.perf_counter()
         picked = random.choice(chosen, min(batch_prompts, len(chosen)), replace=False)
@@ -352,7 +356,8 @@ def train(
         policy.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
         save_optimizer(out / "optimizer.safetensors", adamw, policy, digest(temporary))
-    print(f"{out}/model: {steps} steps on {len(chosen)} prompts, reward {log[0]['reward']:.3f} -> {log[-1]['reward']:.3f}")
+    first, last = log[0]["reward"], log[-1]["reward"]
+    print(f"{out}/model: {steps} steps on {len(chosen)} prompts, reward {first:.3f} -> {last:.3f}")
     return log
 
 

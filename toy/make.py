@@ -149,7 +149,7 @@ def warm_start(steps: int, batch: int = 256) -> None:
     rng = random.Random(1)
     for _ in trange(steps, desc="warm start", disable=None):
         pairs = [demonstration(rng) for _ in range(batch)]
-        ids = [tokenizer.encode(p + a) + [tokenizer.eos_token_id] for p, a in pairs]
+        ids = [[*tokenizer.encode(p + a), tokenizer.eos_token_id] for p, a in pairs]
         width = max(map(len, ids))
         tokens = torch.tensor([row + [0] * (width - len(row)) for row in ids])
         labels = tokens.clone()
