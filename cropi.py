@@ -289,7 +289,7 @@ def once(folder: Path, work: Callable[..., dict], *args) -> dict:
 # ---------------------------------------------------------------------------------------------------------------------
 # The command
 
-app = new_app(help=__doc__.splitlines()[0])
+app = new_app(help=__doc__.splitlines()[0], no_args_is_help=True)
 
 
 @app.callback()

@@ -168,9 +168,7 @@ def select(
     trajectories: Annotated[Path | None, typer.Option(help="The pool's trajectories (not for full, random).")] = None,
     gradients: Annotated[Path | None, typer.Option(help="The pool's gradients (influence only).")] = None,
     valid_gradients: Annotated[list[Path] | None, typer.Option(help="The same of a validation set; repeat.")] = None,
-    method: Annotated[
-        str, typer.Option(callback=known_method, help="One of: " + ", ".join(METHODS) + ".")
-    ] = "influence",
+    method: Annotated[str, typer.Option(callback=known_method, help=", ".join(METHODS))] = "influence",
     frac: Annotated[float, typer.Option(callback=above_zero, max=1, help="Share of the pool to choose.")] = 0.1,
     seed: Annotated[int, typer.Option(min=0, help="Of the baselines' random order.")] = 0,
 ) -> np.ndarray:
