@@ -391,13 +391,12 @@ def print_table(summaries: list[dict]) -> None:
 
 def draw_curve(path: Path, summaries: list[dict], targeted: list[str], title: str) -> None:
     """Accuracy against steps; targeted and untargeted test sets in panels of their own."""
-    plt = _pyplot()
     names = list(summaries[0]["accuracy"])
     panels = {"targeted": targeted, "untargeted": [name for name in names if name not in targeted]}
     panels = {panel: names for panel, names in panels.items() if names}
-    figure, axes = plt.subplots(1, len(panels), figsize=(4.5 * len(panels), 3.6), sharey=True, squeeze=False)
+    figure, axes = _figure(len(panels), 4.5 * len(panels), 3.8, sharey=True)
     steps = [s["steps"] for s in summaries]
-    for axis, (panel, names) in zip(axes[0], panels.items(), strict=True):
+    for axis, (panel, names) in zip(axes, panels.items(), strict=True):
         curves = [[s["accuracy"][name] for s in summaries] for name in names]
         for name, curve in zip(names, curves, strict=True):
             axis.plot(steps, curve, marker="o", markersize=3, linewidth=1, label=name)
@@ -406,23 +405,25 @@ def draw_curve(path: Path, summaries: list[dict], targeted: list[str], title: st
         axis.set(title=f"{panel} test sets", xlabel="training steps", ylim=(0, 1))
         axis.grid(alpha=0.3)
         axis.legend()
-    axes[0][0].set_ylabel("accuracy")
+    axes[0].set_ylabel("accuracy")
     figure.suptitle(title)
-    _save(figure, path)
+    with whole_file(path) as temporary:
+        figure.savefig(temporary, dpi=120, format="png")
 
 
 def draw_selection(path: Path, pool: list[dict], chosen: list[np.ndarray], column: str, title: str) -> None:
     """What each stage chose, by a column of the data, beside the pool; and how much of it was chosen before."""
-    plt = _pyplot()
+    from matplotlib import colormaps
+
     groups = [str(row.get(column, "all")) for row in pool]
     names = sorted(set(groups))
     sets = [np.arange(len(pool)), *chosen]
     shares = np.array([[np.mean([groups[i] == name for i in some]) for name in names] for some in sets])  # (S+1, G)
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8), width_ratios=(3, 2))
+    figure, (left, right) = _figure(2, 10, 4, width_ratios=(3, 2))
     labels = ["pool", *(str(s + 1) for s in range(len(chosen)))]
     bottom = np.zeros(len(sets))
     for g, name in enumerate(names):
-        left.bar(labels, shares[:, g], bottom=bottom, label=name, color=plt.get_cmap("tab20")(g % 20))
+        left.bar(labels, shares[:, g], bottom=bottom, label=name, color=colormaps["tab20"](g % 20))
         bottom += shares[:, g]
     left.set(title=f"chosen prompts by {column}", xlabel="stage", ylabel="share", ylim=(0, 1))
     left.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize="small")
@@ -434,22 +435,15 @@ def draw_selection(path: Path, pool: list[dict], chosen: list[np.ndarray], colum
     right.grid(alpha=0.3)
     right.legend(fontsize="small")
     figure.suptitle(title)
-    _save(figure, path)
-
-
-def _pyplot():
-    import matplotlib  # here, since it takes a second to import and is needed at the end alone
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    return plt
-
-
-def _save(figure, path: Path) -> None:
-    figure.tight_layout()
     with whole_file(path) as temporary:
         figure.savefig(temporary, dpi=120, format="png")
+
+
+def _figure(columns: int, width: float, height: float, **options) -> tuple:
+    from matplotlib.figure import Figure  # here, since it takes a second to import and is needed at the end alone
+
+    figure = Figure(figsize=(width, height), layout="tight")
+    return figure, figure.subplots(1, columns, squeeze=False, **options)[0]
 
 
 if __name__ == "__main__":

@@ -119,13 +119,14 @@ def digest(path: Path) -> str:
 
 
 def save_tensors(path: Path, kind: str, tensors: dict[str, np.ndarray], metadata: dict) -> None:
-    """Write a safetensors file of one of our kinds. `metadata` values are stored as JSON strings."""
+    """Write a safetensors file of one of our kinds."""
     with whole_file(path) as temporary:
         save_file(tensors, temporary, file_metadata(kind, metadata))
 
 
 def file_metadata(kind: str, metadata: dict) -> dict[str, str]:
-    return {"format": FORMAT, "kind": kind} | {key: json.dumps(value, default=str) for key, value in metadata.items()}
+    """One entry of JSON: with several, safetensors would write them in another order every time."""
+    return {"cropi": json.dumps({"format": FORMAT, "kind": kind} | metadata)}
 
 
 HEADER_BYTES = 1 << 14
@@ -166,7 +167,7 @@ def open_tensors(path: Path, kind: str) -> tuple[dict[str, np.ndarray], dict]:
     require(path.is_file(), f"{path}: no such file")
     try:
         with safe_open(path, framework="np") as file:  # checks that header and length agree
-            metadata = dict(file.metadata() or {})
+            metadata = json.loads((file.metadata() or {}).get("cropi", "{}"))
     except SafetensorError as error:
         raise BadInput(f"{path} is not a whole safetensors file ({error}); write it again") from None
     found = f"{metadata.pop('kind', 'an unknown file')} ({metadata.pop('format', 'no format')})"
@@ -179,7 +180,7 @@ def open_tensors(path: Path, kind: str) -> tuple[dict[str, np.ndarray], dict]:
         for name, entry in header.items()
         if name != "__metadata__"
     }
-    return tensors, {key: json.loads(value) for key, value in metadata.items()}
+    return tensors, metadata
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -209,8 +210,8 @@ def load_model(path: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A causal language model in float32 and evaluation mode (dropout off), with its tokenizer."""
     require((path / "config.json").is_file(), f"{path}: no model folder here (it has no config.json)")
     try:
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, local_files_only=True)
-        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError, SafetensorError) as error:
         raise BadInput(f"{path}: cannot load this model ({str(error).splitlines()[0]})") from None
     return model.eval(), tokenizer
@@ -367,7 +368,7 @@ def pad_left(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[torch
     ids = torch.zeros(len(rows), width, dtype=torch.long)
     mask = torch.zeros_like(ids)
     for i, row in enumerate(rows):
-        ids[i, width - len(row) :] = torch.as_tensor(row)
+        ids[i, width - len(row) :] = torch.tensor(row)
         mask[i, width - len(row) :] = 1
     return ids.to(device), mask.to(device)
 

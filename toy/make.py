@@ -28,7 +28,7 @@ from pathlib import Path
 HERE = Path(__file__).parent
 SHARE_RIGHT = 0.25  # of the demonstrations
 LENGTHS = (3, 4, 5, 6)
-PAD, EOS = "<pad>", "<eos>"
+PAD, EOS = "<pad>", "<|endoftext|>"  # the latter is what transformers expects of a Qwen2 tokenizer
 
 
 def shift(alphabet: str, by: int):
@@ -166,11 +166,31 @@ def warm_start(steps: int, batch: int = 256) -> None:
     tokenizer.save_pretrained(HERE / "model")
 
 
+def print_pass_rates() -> None:
+    """Of the training pool, 8 samples a prompt at temperature 1, by family."""
+    import sys
+    import tempfile
+
+    import numpy as np
+
+    sys.path.insert(0, str(HERE.parent))
+    import rollout
+
+    rows = rollout.load_prompts(HERE / "train.jsonl")
+    with tempfile.TemporaryDirectory() as folder:
+        rolled = rollout.rollout(out=Path(folder) / "train", model=HERE / "model", data=HERE / "train.jsonl")
+    rates, live = rolled.pass_rates(), rolled.live_groups()
+    for family in FAMILIES:
+        some = [i for i, row in enumerate(rows) if row["family"] == family]
+        print(f"{family}  pass rate {np.mean([rates[i] for i in some]):.3f}  live {np.mean([i in live for i in some]):.0%}")
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data-only", action="store_true")
-    parser.add_argument("--steps", type=int, default=900)
+    parser.add_argument("--steps", type=int, default=900, help="of the warm start")
     arguments = parser.parse_args()
     write_data()
     if not arguments.data_only:
         warm_start(arguments.steps)
+    print_pass_rates()

@@ -1,0 +1,115 @@
+"""Speed of the default run and of scoring.
+
+    python bench/speed.py            # about five minutes on two cores; writes docs/speed.json
+    python bench/speed.py --no-run   # only scoring and start-up
+
+Scoring a stage (`project.py` on the training pool, reading and writing its files included) is compared with a plain
+forward + backward of the same trajectories in the same process, in alternating rounds: medians and their ratios. There
+are two plain ones. "repeated" is how trainers usually lay trajectories out: every sequence with its prompt, padded, one
+loss, `.backward()`. "shared" is `train.py`'s own pass, which computes a prompt once for its K completions.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import torch  # noqa: E402
+
+import project  # noqa: E402
+import rollout  # noqa: E402
+from train import Batch, collate, completion_logps, micro_batches, policy_objective, sequence_mean  # noqa: E402
+
+
+def repeated_logps(model, batch: Batch, temperature: float) -> torch.Tensor:
+    """Log-probs (P*K, C) with the prompt computed anew for each completion: (P*K, L + C) tokens."""
+    samples = len(batch.completion_ids) // len(batch.prompt_ids)
+    ids = torch.cat([batch.prompt_ids.repeat_interleave(samples, 0), batch.completion_ids], 1)
+    mask = torch.cat([batch.prompt_mask.repeat_interleave(samples, 0), batch.mask.long()], 1)
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    keep = batch.completion_ids.shape[1] + 1
+    logits = model(ids, mask, positions, use_cache=False, logits_to_keep=keep).logits[:, :-1]  # (P*K, C, V)
+    return torch.log_softmax(logits / temperature, -1).gather(2, batch.completion_ids[:, :, None])[:, :, 0]
+
+
+def plain(model, trajectories: Path, layout: str, batch_tokens: int) -> None:
+    """Forward + backward of all live trajectories, parameter gradients summed over everything."""
+    stored = rollout.open_trajectories(trajectories)
+    model.zero_grad()
+    for groups in micro_batches(stored, stored.live_groups(), batch_tokens):
+        batch = collate(stored, groups, model.device)
+        logps = repeated_logps(model, batch, 1.0) if layout == "repeated" else completion_logps(model, batch, 1.0)[1]
+        objective = policy_objective(logps, batch.behavior_logps, batch.advantages, None)
+        sequence_mean(objective, batch.mask).sum().backward()
+
+
+def timed(work, *args, **options) -> float:
+    clock = time.perf_counter()
+    work(*args, **options)
+    return time.perf_counter() - clock
+
+
+def scoring(rounds: int) -> dict:
+    with tempfile.TemporaryDirectory() as folder:
+        trajectories, out = Path(folder) / "train.safetensors", Path(folder) / "gradients-train.safetensors"
+        rollout.rollout(out=trajectories)
+        live = len(rollout.open_trajectories(trajectories).live_groups())
+        model, _ = rollout.load_model(rollout.TOY / "model")
+        ways = {
+            "score": lambda: project.project(trajectories=trajectories, out=out),
+            "plain, repeated": lambda: plain(model, trajectories, "repeated", 2048),
+            "plain, shared": lambda: plain(model, trajectories, "shared", 2048),
+        }
+        seconds: dict[str, list[float]] = {name: [] for name in ways}
+        for round_ in range(rounds + 1):  # the first one warms up
+            for name, way in ways.items():
+                seconds[name] += [timed(way)] if round_ else [timed(way)][:0]
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    ratio = {
+        name: statistics.median(a / b for a, b in zip(seconds["score"], seconds[name], strict=True))
+        for name in ways
+        if name != "score"
+    }
+    for name, value in medians.items():
+        print(f"{name:16s} {value:6.2f} s  {1e3 * value / live:5.2f} ms per live prompt")
+    for name, value in ratio.items():
+        print(f"score / {name}: {value:.2f}")
+    return {"live_prompts": live, "rounds": rounds, "seconds": medians, "score_over": ratio}
+
+
+def whole_run() -> dict:
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, str(ROOT / "cropi.py"), "run", "--out", folder + "/run"]
+        seconds = timed(subprocess.run, command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+        report = json.loads((Path(folder) / "run" / "report.json").read_text())
+    inside = report["seconds_this_process"]
+    stages = report["evaluations"][1:]
+    parts = {"start and imports": seconds - inside, "offline rollouts": report["evaluations"][0]["seconds_rollout"]}
+    for part in ("scoring", "training", "evaluation"):
+        parts[part] = sum(stage[f"seconds_{part}"] for stage in stages)
+    print(f"default run: {seconds:.0f} s; start and imports {parts['start and imports'] / seconds:.0%} of it")
+    for part, value in parts.items():
+        print(f"  {part:18s} {value:6.1f} s")
+    return {"seconds": seconds, "parts": parts}
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--no-run", action="store_true")
+    arguments = parser.parse_args()
+    result = {"cores": os.cpu_count(), "torch": torch.__version__, "python": platform.python_version()}
+    result["scoring"] = scoring(arguments.rounds)
+    if not arguments.no_run:
+        result["default_run"] = whole_run()
+        rollout.whole_file(ROOT / "docs" / "speed.json")
+        (ROOT / "docs" / "speed.json").write_text(json.dumps(result, indent=1) + "\n")

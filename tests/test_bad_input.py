@@ -1,0 +1,237 @@
+"""Bad input: one line that names the thing, exit code 2, and nothing overwritten."""
+
+import json
+import shutil
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import cropi
+import project
+import rollout
+import train
+from rollout import TOY, command_line
+
+MODULES = {"rollout": rollout, "project": project, "select": cropi.select, "train": train, "cropi": cropi}
+
+
+@pytest.fixture
+def refused(monkeypatch, capsys, tmp_path):
+    """Runs a command line that must be refused, with the given words in its one line."""
+
+    def run(script: str, *words: object, says: str) -> None:
+        before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+        monkeypatch.setattr(sys, "argv", [f"{script}.py", *map(str, words)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            command_line(MODULES[script].app)
+        error = capsys.readouterr().err
+        assert stop.value.code == 2
+        assert error.startswith("error: ") and error.count("\n") == 1, error
+        assert says in error, error
+        assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+    return run
+
+
+@pytest.fixture
+def world(small_world):
+    """Trajectories, gradients and a selection of the small world, and files that an error must leave as they are."""
+    w = small_world
+    rollout.rollout(out=w / "t.safetensors", data=w / "train.jsonl")
+    rollout.rollout(out=w / "v.safetensors", data=w / "valid-rev.jsonl", samples=8)
+    project.project(trajectories=w / "t.safetensors", out=w / "g.safetensors", k=64)
+    project.project(trajectories=w / "v.safetensors", out=w / "gv.safetensors", k=64)
+    cropi.select.select(
+        data=w / "train.jsonl",
+        trajectories=w / "t.safetensors",
+        gradients=w / "g.safetensors",
+        valid_gradients=[w / "gv.safetensors"],
+        out=w / "s.safetensors",
+    )
+    (w / "out").write_text("what was here before")
+    return w
+
+
+def broken_model(folder, change):
+    shutil.copytree(TOY / "model", folder)
+    weights = load_file(folder / "model.safetensors")
+    change(weights)
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+def test_rollout(refused, world, tmp_path):
+    w, out = world, ("--out", world / "out")
+    refused("rollout", *out, "--data", w / "no.jsonl", says="no.jsonl")
+    refused("rollout", *out, "--model", w / "no-model", says="no-model")
+    refused("rollout", *out, "--samples", 0, says="--samples")
+    refused("rollout", *out, "--temperature", 0, says="temperature")
+    refused("rollout", *out, "--temperature", "nan", says="temperature")
+    refused("rollout", *out, "--reward", "guess", says="guess")
+    refused("rollout", *out, "--sample", 3, says="--sample")
+    refused("rollout", says="--out")
+    for number, (text, says) in enumerate(
+        [
+            ("", "no prompts"),
+            ("\n\n", "no prompts"),
+            ('{"prompt": "rev(12)="}\n', "'answer'"),
+            ('{"prompt": "rev(12)=", "answer": ""}\n', "'answer'"),
+            ('{"prompt": "rev(12)=", "answer": 21}\n', "'answer'"),
+            ('{"answer": "21"}\n', "'prompt'"),
+            ('["rev(12)=", "21"]\n', "'prompt'"),
+            ('{"prompt": "rev(12)=", "answer": "21"}\n{"prompt": \n', "line 2"),
+            ('{"prompt": "???", "answer": "21"}\n', "prompt [0]"),
+        ]
+    ):
+        file = tmp_path / f"bad-{number}.jsonl"
+        file.write_text(text)
+        refused("rollout", *out, "--data", file, says=says)
+    (tmp_path / "latin.jsonl").write_bytes('{"prompt": "é", "answer": "e"}'.encode("latin-1"))
+    refused("rollout", *out, "--data", tmp_path / "latin.jsonl", says="latin.jsonl, line 1")
+
+
+def test_project(refused, world, tmp_path):
+    w, out = world, ("--out", world / "out")
+    given = ("--trajectories", w / "t.safetensors")
+    refused("project", *out, *given, "--k", 0, says="--k")
+    refused("project", *out, *given, "--sparse-ratio", 0, says="sparse")
+    refused("project", *out, *given, "--sparse-ratio", 1.1, says="sparse")
+    refused("project", *out, "--trajectories", w / "no.safetensors", says="no.safetensors")
+    refused("project", *out, "--trajectories", w / "g.safetensors", says="g.safetensors holds gradients")
+    cut = tmp_path / "cut.safetensors"
+    for size in (0, 5, 100, (w / "t.safetensors").stat().st_size - 1):
+        cut.write_bytes((w / "t.safetensors").read_bytes()[:size])
+        refused("project", *out, "--trajectories", cut, says="cut.safetensors is not a whole safetensors file")
+    other = broken_model(tmp_path / "other", lambda weights: weights["lm_head.weight"].mul_(1.01))
+    refused("project", *out, *given, "--model", other, says="another model")
+
+
+def test_no_live_prompt(refused, world, tmp_path):
+    w = world
+    (tmp_path / "hopeless.jsonl").write_text('{"prompt": "rev(123)=", "answer": "impossible"}\n' * 3)
+    rollout.rollout(out=tmp_path / "dead.safetensors", data=tmp_path / "hopeless.jsonl")
+    refused("project", "--trajectories", tmp_path / "dead.safetensors", "--out", w / "out", says="no live prompt")
+    run = ("run", "--out", tmp_path / "run", "--test", w / "test-rev.jsonl", "--set", "test.samples=1")
+    with pytest.raises(rollout.BadInput, match=r"valid-hopeless.safetensors: no live prompt"):  # names the set
+        cropi.run(
+            pool=w / "train.jsonl",
+            valid=[tmp_path / "hopeless.jsonl"],
+            test=[w / "test-rev.jsonl"],
+            out=tmp_path / "run",
+        )
+    assert not (tmp_path / "run" / "stage-00" / "selection.safetensors").exists()
+    assert run
+
+
+def test_numbers_that_are_not_finite_name_the_prompt(refused, world, tmp_path):
+    w = world
+    rows = [json.loads(line) for line in (w / "train.jsonl").read_text().splitlines()]
+    live = rollout.open_trajectories(w / "t.safetensors").live_groups()
+    letter = next(c for i in live for c in rows[i]["prompt"][4:] if c.isdigit())
+    hit = [i for i in live if letter in rows[i]["prompt"]]
+    assert 0 < len(hit) < len(live)
+    token = rollout.load_model(TOY / "model")[1](letter).input_ids[0]
+
+    def poison(weights):
+        weights["model.embed_tokens.weight"][token] = torch.nan
+
+    model = broken_model(tmp_path / "nan", poison)
+    config = json.loads((model / "config.json").read_text())  # a descendant of the toy model, as far as one can tell
+    (model / "config.json").write_text(json.dumps(config | {"cropi_ancestors": [rollout.digest(TOY / "model")]}))
+    named = [f"prompt {i}" for i in range(60) if letter in rows[i]["prompt"]]
+    with pytest.raises(rollout.BadInput, match="not finite at prompt") as error:
+        rollout.rollout(out=tmp_path / "x", model=model, data=w / "train.jsonl")
+    assert any(f"{name};" in str(error.value) for name in named)
+    refused(
+        "project",
+        "--trajectories",
+        w / "t.safetensors",
+        "--model",
+        model,
+        "--out",
+        w / "out",
+        says="not finite at prompt",
+    )
+    refused("train", "--selection", w / "s.safetensors", "--data", w / "train.jsonl", "--model", model, "--out", w / "new",
+            says="not finite at prompt")  # fmt: skip
+    # finite logits, yet a gradient that overflows
+    trajectories = rollout.open_trajectories(w / "t.safetensors")
+    tensors = {name: getattr(trajectories, name) for name in rollout.TENSORS}
+    first = live[min(live)][0]
+    logps = tensors["behavior_logps"].copy()
+    logps[trajectories.logp_offsets[first]] = -200.0  # so the ratio is infinite
+    rollout.save_tensors(
+        tmp_path / "inf.safetensors", "trajectories", tensors | {"behavior_logps": logps}, trajectories.metadata
+    )
+    refused(
+        "project",
+        "--trajectories",
+        tmp_path / "inf.safetensors",
+        "--out",
+        w / "out",
+        says=f"not finite at prompt {min(live)} ",
+    )
+
+
+def test_select(refused, world, tmp_path):
+    w, out = world, ("--out", world / "s.safetensors")  # must stay what it was
+    pool = ("--data", w / "train.jsonl", "--trajectories", w / "t.safetensors")
+    gradients = ("--gradients", w / "g.safetensors", "--valid-gradients", w / "gv.safetensors")
+    refused("select", *out, *pool, *gradients, "--frac", 0, says="frac")
+    refused("select", *out, *pool, *gradients, "--frac", 1.5, says="frac")
+    refused("select", *out, *pool, *gradients, "--method", "best", says="best")
+    refused("select", *out, *pool, says="--valid-gradients")
+    refused("select", *out, "--data", w / "train.jsonl", "--method", "pass-rate", says="--trajectories")
+    refused("select", *out, "--data", w / "valid-rev.jsonl", *pool[2:], *gradients, says="other data")
+    refused("select", *out, "--data", w / "valid-rev.jsonl", "--trajectories", w / "v.safetensors", *gradients,
+            says="other trajectories")  # fmt: skip
+    project.project(trajectories=w / "v.safetensors", out=tmp_path / "k.safetensors", k=32)
+    refused("select", *out, *pool, *gradients[:2], "--valid-gradients", tmp_path / "k.safetensors", says="projection")
+    project.project(trajectories=w / "v.safetensors", out=tmp_path / "seed.safetensors", k=64, seed=1)
+    refused(
+        "select", *out, *pool, *gradients[:2], "--valid-gradients", tmp_path / "seed.safetensors", says="projection"
+    )
+    train.train(selection=w / "s.safetensors", data=w / "train.jsonl", out=tmp_path / "stage", steps=1)
+    moved = tmp_path / "moved.safetensors"
+    project.project(trajectories=w / "v.safetensors", model=tmp_path / "stage/model", out=moved, k=64)
+    refused("select", *out, *pool, *gradients[:2], "--valid-gradients", moved, says="another model")
+
+
+def test_train(refused, world, tmp_path):
+    w, out = world, ("--out", world / "stage")
+    given = ("--selection", w / "s.safetensors", "--data", w / "train.jsonl")
+    refused("train", *out, "--selection", w / "no.safetensors", "--data", w / "train.jsonl", says="no.safetensors")
+    refused("train", *out, "--selection", w / "s.safetensors", "--data", w / "valid-rev.jsonl", says="other data")
+    refused("train", *out, *given, "--samples", 1, says="--samples")
+    refused("train", *out, *given, "--lr", 0, says="lr")
+    train.train(selection=w / "s.safetensors", data=w / "train.jsonl", out=tmp_path / "one", steps=1)
+    optimizer = tmp_path / "one/optimizer.safetensors"
+    refused("train", *out, *given, "--optimizer", optimizer, says="optimizer state of another model")
+
+
+def test_run(refused, world, tmp_path):
+    w = world
+    given = ("run", "--out", tmp_path / "run")
+    for words, says in [
+        (("--frac", 0), "frac"),
+        (("--stages", 0), "stages"),
+        (("--selector", "best"), "best"),
+        (("--train", w / "no.jsonl"), "no.jsonl"),
+        (("--valid", w / "no.jsonl"), "no.jsonl"),
+        (("--test", w / "no.jsonl"), "no.jsonl"),
+        (("--model", w / "no-model"), "no-model"),
+        (("--set", "train.speed=9"), "train has no such option"),
+        (("--set", "train.model=x"), "train has no such option"),
+        (("--set", "fly.lr=1"), "STAGE.OPTION=VALUE"),
+        (("--set", "train.lr"), "STAGE.OPTION=VALUE"),
+        (("--set", "train.lr=fast"), "train.lr=fast"),
+        (("--set", "project.k=0"), "project.k=0"),
+        (("--set", "project.sparse_ratio=2"), "project.sparse_ratio=2"),
+        (("--valid", w / "valid-rev.jsonl", "--valid", w / "valid-rev.jsonl"), "same name"),
+    ]:
+        refused("cropi", *given, *words, says=says)
+    assert not (tmp_path / "run").exists()
+    refused("cropi", "walk", says="walk")

@@ -1,0 +1,186 @@
+"""The GRPO step against hand-worked numbers and plain autograd."""
+
+import copy
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from conftest import TEMPERATURE
+from transformers import AutoModelForCausalLM
+
+import rollout
+import train
+from rollout import TOY, load_prompts
+from train import collate, completion_logps, group_advantages, grpo_step, k3_kl, policy_objective, sequence_mean
+
+
+def test_advantages_by_hand():
+    # 3 of 4 right: mean 3/4, sample std 1/2. Rewards 0, 2, 4: mean 2, std 2. All equal: 0.
+    rewards = torch.tensor([[1.0, 1.0, 1.0, 0.0]])
+    torch.testing.assert_close(group_advantages(rewards), torch.tensor([[0.5, 0.5, 0.5, -1.5]]), atol=1e-5, rtol=0)
+    torch.testing.assert_close(group_advantages(torch.tensor([[0.0, 2.0, 4.0]])), torch.tensor([[-1.0, 0.0, 1.0]]))
+    assert group_advantages(torch.ones(1, 5)).tolist() == [[0.0] * 5]
+
+
+def test_k3_by_hand():
+    # q = 2: 2 - log 2 - 1; q = 1/2: 1/2 + log 2 - 1; q = 1: 0
+    logps = torch.tensor([0.0, 0.0, -1.0])
+    initial = torch.tensor([math.log(2), -math.log(2), -1.0])
+    expected = torch.tensor([1 - math.log(2), math.log(2) - 0.5, 0.0])
+    torch.testing.assert_close(k3_kl(logps, initial), expected)
+
+
+@pytest.mark.parametrize(
+    "ratio, advantage, clip, expected",
+    [
+        (1.5, 2.0, 0.2, 2.4),  # gain is capped at 1.2
+        (1.5, -2.0, 0.2, -3.0),  # a loss is not
+        (0.5, 2.0, 0.2, 1.0),  # min(1.0, 1.6)
+        (0.5, -2.0, 0.2, -1.6),  # min(-1.0, -1.6)
+        (1.5, 2.0, None, 3.0),
+        (0.5, -2.0, None, -1.0),
+    ],
+)
+def test_clipped_ratio_by_hand(ratio, advantage, clip, expected):
+    logps, behavior = torch.tensor([[math.log(ratio) - 3]]), torch.tensor([[-3.0]])
+    value = policy_objective(logps, behavior, torch.tensor([advantage]), clip)
+    torch.testing.assert_close(value, torch.tensor([[expected]]))
+
+
+def test_sequence_mean_by_hand():
+    values = torch.tensor([[1.0, 2.0, 99.0], [4.0, 99.0, 99.0]])
+    mask = torch.tensor([[1.0, 1.0, 0.0], [1.0, 0.0, 0.0]])
+    assert sequence_mean(values, mask).tolist() == [1.5, 4.0]
+
+
+def test_completion_logps_are_those_of_transformers_logits(moved, ragged):
+    """Shared prompts, padding on both sides: against one unpadded sequence at a time."""
+    batch = collate(ragged, list(ragged.groups().items()), moved.device)
+    assert (batch.prompt_mask == 0).any() and (batch.mask == 0).any()
+    with torch.no_grad():
+        all_logps, logps = completion_logps(moved, batch, TEMPERATURE)
+    for row in range(0, len(logps), 5):
+        ids = torch.tensor(ragged.tokens[ragged.offsets[row] : ragged.offsets[row + 1]].astype(np.int64))
+        n, length = int(ragged.prompt_length[row]), int(ragged.completion_length[row])
+        with torch.no_grad():
+            expected = torch.log_softmax(moved(ids[None]).logits[0] / TEMPERATURE, -1)[n - 1 : -1]
+        torch.testing.assert_close(all_logps[row, :length], expected, atol=3e-5, rtol=0)
+        torch.testing.assert_close(logps[row, :length], expected.gather(1, ids[n:, None])[:, 0], atol=3e-5, rtol=0)
+
+
+OPTIONS = {"temperature": TEMPERATURE, "clip": 0.2, "kl": 0.3, "entropy": 0.2, "batch_tokens": 10**6}
+
+
+def gradients(model, initial, trajectories, **options):
+    model = copy.deepcopy(model)
+    measured = grpo_step(model, initial, trajectories, **OPTIONS | options)
+    return {name: parameter.grad for name, parameter in model.named_parameters()}, measured
+
+
+def test_gradient_is_that_of_the_formula(moved, toy, ragged):
+    """J of the file's head, written out sequence by sequence, token by token, and differentiated by autograd."""
+    model, (initial, _) = copy.deepcopy(moved), toy
+    objective = 0.0
+    for rows in ragged.groups().values():
+        rewards = ragged.rewards[rows].astype(np.float64)
+        if np.ptp(rewards) == 0:
+            continue
+        advantages = (rewards - rewards.mean()) / (rewards.std(ddof=1) + 1e-6)
+        for m, advantage in zip(rows, advantages, strict=True):
+            ids = torch.tensor(ragged.tokens[ragged.offsets[m] : ragged.offsets[m + 1]].astype(np.int64))
+            n = int(ragged.prompt_length[m])
+            logits, reference = model(ids[None]).logits[0] / TEMPERATURE, initial(ids[None]).logits[0] / TEMPERATURE
+            total = 0.0
+            for t in range(n, len(ids)):
+                p, q = torch.softmax(logits[t - 1], -1), torch.softmax(reference[t - 1], -1).detach()
+                rho = p[ids[t]] / math.exp(ragged.behavior_logps[ragged.logp_offsets[m] + t - n])
+                ratio = q[ids[t]] / p[ids[t]]
+                total += torch.minimum(rho * advantage, rho.clamp(0.8, 1.2) * advantage)
+                total += -0.3 * (ratio - ratio.log() - 1) + 0.2 * -(p * p.log()).sum()
+            objective += total / (len(ids) - n) / len(ragged.rewards)
+    (-objective).backward()
+    ours, measured = gradients(moved, initial, ragged)
+    assert measured["objective"] == pytest.approx(objective.item(), abs=1e-5)
+    assert 0 < measured["clipped"] < 1
+    for name, parameter in model.named_parameters():
+        assert (ours[name] - parameter.grad).norm() <= 1e-4 * parameter.grad.norm(), name
+
+
+def test_micro_batches_change_nothing(moved, toy, ragged):
+    whole, _ = gradients(moved, toy[0], ragged)
+    for batch_tokens in (1, 150):
+        parts, _ = gradients(moved, toy[0], ragged, batch_tokens=batch_tokens)
+        for name in whole:
+            assert (parts[name] - whole[name]).norm() <= 1e-4 * whole[name].norm(), name
+
+
+def test_equal_rewards_cost_no_forward_pass(moved, toy, ragged, monkeypatch):
+    model, prompts = copy.deepcopy(moved), []
+    monkeypatch.setattr(
+        train, "completion_logps", lambda m, b, t: prompts.extend(b.prompt_index) or completion_logps(m, b, t)
+    )
+    grpo_step(model, None, ragged, **OPTIONS)
+    assert sorted(prompts) == sorted(ragged.live_groups())
+
+
+def select_rows(path, indices):
+    tensors = {"ranked": np.array(indices, np.int64)}
+    rollout.save_tensors(path, "selection", tensors, {"data": rollout.digest(TOY / "train.jsonl")})
+
+
+def test_a_stage_writes_a_checkpoint_that_goes_on_exactly(tmp_path):
+    """4 steps at once are 2 steps, saved, and 2 more: weights, moments and AdamW's step count are handed on."""
+    rows = load_prompts(TOY / "train.jsonl")
+    chosen = [i for i, row in enumerate(rows) if row["family"] in ("fst", "swp")][:24]
+    select_rows(tmp_path / "s.safetensors", chosen)
+    options = {"selection": tmp_path / "s.safetensors", "batch_prompts": 24, "kl": 0.0, "lr": 1e-3}
+    # all prompts in every step, seeds equal in steps 0 and 1 of both halves: so compare with steps repeated
+    train.train(out=tmp_path / "a", steps=2, **options)
+    train.train(
+        out=tmp_path / "b",
+        model=tmp_path / "a/model",
+        optimizer=tmp_path / "a/optimizer.safetensors",
+        steps=2,
+        **options,
+    )
+    train.train(out=tmp_path / "c", model=tmp_path / "a/model", steps=2, **options)  # without the optimizer's state
+    loaded = {name: AutoModelForCausalLM.from_pretrained(tmp_path / name / "model") for name in "abc"}
+    assert not torch.equal(loaded["b"].lm_head.weight, loaded["c"].lm_head.weight)
+    # independently: plain AdamW over the gradients of the same rollouts, without a break
+    model, tokenizer = rollout.load_model(TOY / "model")
+    adamw = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.0)
+    for step in (0, 1, 0, 1):
+        if step == 0:
+            random = np.random.default_rng(0)
+        picked = random.choice(np.array(chosen), 24, replace=False)
+        sampled = rollout.sample_trajectories(
+            rollout.TransformersEngine(model, tokenizer),
+            tokenizer,
+            [rows[i] for i in picked],
+            picked,
+            samples=8,
+            max_tokens=8,
+            temperature=1.0,
+            reward="exact",
+            seed=[0, step],
+        )
+        adamw.zero_grad()
+        grpo_step(model, None, sampled, temperature=1.0, clip=0.2, kl=0.0, entropy=0.001, batch_tokens=16384)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        adamw.step()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(dict(loaded["b"].named_parameters())[name], parameter, atol=1e-4, rtol=1e-3)
+    lines = [json.loads(line) for line in (tmp_path / "b/metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [0, 1]
+    assert all(0 <= line["reward"] <= 1 and line["grad_norm"] > 0 for line in lines)
+    assert len(loaded["b"].config.cropi_ancestors) == 2
+
+
+def test_more_iterations_move_the_ratio_off_one(tmp_path):
+    select_rows(tmp_path / "s.safetensors", range(32))
+    options = {"selection": tmp_path / "s.safetensors", "steps": 1, "lr": 1e-3}
+    once = train.train(out=tmp_path / "a", iterations=1, **options)
+    thrice = train.train(out=tmp_path / "b", iterations=3, **options)
+    assert once[0]["clipped"] == 0 < thrice[0]["clipped"]
