@@ -39,6 +39,7 @@ Deviations:
  3. The released code keeps the first coordinates it comes to. Ours are random over all that is covered.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
@@ -110,7 +111,7 @@ class SparseProjection:
 class GradientSketcher:
     """Sketches of ĝ(x;θ) for a batch of prompts; freezes the model's weights."""
 
-    MATRIX_ELEMENTS = 1 << 28  # of per-prompt weight gradients held at a time (1 GiB in float32)
+    MATRIX_ELEMENTS = 1 << 20  # of per-prompt weight gradients held at a time (or those of one prompt)
 
     def __init__(self, model: PreTrainedModel, k: int, sparse_ratio: float, seed: int):
         self.model = model.requires_grad_(False)
@@ -123,18 +124,19 @@ class GradientSketcher:
                 sizes[f"{name}.bias"] = module.bias.numel()
         self.covered = sum(sizes.values())
         self.projection = SparseProjection(sizes, k, sparse_ratio, seed, model.device)
+        # Per-prompt weight gradients are made here, some prompts at a time: fresh memory each time costs more than they do.
+        largest = max(module.weight.numel() for module in self.linears.values())
+        self.workspace = torch.empty(max(largest, self.MATRIX_ELEMENTS), device=model.device)
         # (input a, output gradient δ) of each call of each layer; the prompt and its completions are two calls
         self.caught: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {}
         for name, module in self.linears.items():
             module.register_forward_hook(self._catch(name))
-        # With frozen weights nothing would need a gradient; the embedding's output starts the graph.
-        model.get_input_embeddings().register_forward_hook(lambda module, inputs, output: output.requires_grad_())
 
-    def _catch(self, name: str):
-        def forward_hook(module, inputs, output):
-            if output.requires_grad:
-                activation = inputs[0].detach()
-                output.register_hook(lambda delta: self.caught.setdefault(name, []).append((activation, delta)))
+    def _catch(self, name: str) -> Callable:
+        def forward_hook(module: nn.Module, inputs: tuple, output: torch.Tensor) -> None:
+            activation = inputs[0].detach()
+            output.requires_grad_()  # with frozen weights, nothing before the first linear layers would need a gradient
+            output.register_hook(lambda delta: self.caught.setdefault(name, []).append((activation, delta)))
 
         return forward_hook
 
@@ -148,16 +150,18 @@ class GradientSketcher:
         sequence_mean(objective, batch.mask).view(prompts, -1).mean(1).sum().backward()
         sketch = torch.zeros(prompts, self.projection.k, device=logps.device)
         for name, calls in self.caught.items():
-            # (P, L, I) of the prompt and (P*K, C-1, I) of the completions -> (P, T, I) with T = L + K(C-1)
-            activation = torch.cat([a.reshape(prompts, -1, a.shape[-1]) for a, _ in calls], 1)
-            delta = torch.cat([d.reshape(prompts, -1, d.shape[-1]) for _, d in calls], 1)  # (P, T, O)
-            module = self.linears[name]
-            for some in torch.arange(prompts).split(max(1, self.MATRIX_ELEMENTS // module.weight.numel())):
-                some = slice(int(some[0]), int(some[-1]) + 1)
-                weight = torch.bmm(delta[some].transpose(1, 2), activation[some])  # (P, O, T) x (P, T, I) -> (P, O, I)
-                self.projection.add(sketch[some], f"{name}.weight", weight.flatten(1))
-            if module.bias is not None:
-                self.projection.add(sketch, f"{name}.bias", delta.sum(1))
+            # (P, L, .) of the prompt and (P*K, C-1, .) of the completions -> (P, T, .) with T = L or K(C-1)
+            calls = [tuple(x.reshape(prompts, -1, x.shape[-1]) for x in call) for call in calls]
+            weight, bias = self.linears[name].weight, self.linears[name].bias
+            step = max(1, self.MATRIX_ELEMENTS // weight.numel())
+            for some in (slice(start, start + step) for start in range(0, prompts, step)):
+                rows = len(sketch[some])
+                gradient = self.workspace[: rows * weight.numel()].view(rows, *weight.shape)  # (P, O, I)
+                for number, (activation, delta) in enumerate(calls):  # (P, O, T) x (P, T, I), summed over the calls
+                    gradient.baddbmm_(delta[some].mT, activation[some], beta=float(number > 0))
+                self.projection.add(sketch[some], f"{name}.weight", gradient.flatten(1))
+            if bias is not None:
+                self.projection.add(sketch, f"{name}.bias", sum(delta.sum(1) for _, delta in calls))
         self.caught.clear()
         return sketch, (logps.detach() - batch.behavior_logps).exp()
 

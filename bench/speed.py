@@ -70,9 +70,11 @@ def scoring(rounds: int) -> dict:
             "plain, shared": lambda: plain(model, trajectories, "shared", 2048),
         }
         seconds: dict[str, list[float]] = {name: [] for name in ways}
-        for round_ in range(rounds + 1):  # the first one warms up
+        for way in ways.values():  # warm up
+            way()
+        for _ in range(rounds):
             for name, way in ways.items():
-                seconds[name] += [timed(way)] if round_ else [timed(way)][:0]
+                seconds[name].append(timed(way))
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     ratio = {
         name: statistics.median(a / b for a, b in zip(seconds["score"], seconds[name], strict=True))
@@ -111,5 +113,4 @@ if __name__ == "__main__":
     result["scoring"] = scoring(arguments.rounds)
     if not arguments.no_run:
         result["default_run"] = whole_run()
-        rollout.whole_file(ROOT / "docs" / "speed.json")
         (ROOT / "docs" / "speed.json").write_text(json.dumps(result, indent=1) + "\n")

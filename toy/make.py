@@ -182,7 +182,9 @@ def print_pass_rates() -> None:
     rates, live = rolled.pass_rates(), rolled.live_groups()
     for family in FAMILIES:
         some = [i for i, row in enumerate(rows) if row["family"] == family]
-        print(f"{family}  pass rate {np.mean([rates[i] for i in some]):.3f}  live {np.mean([i in live for i in some]):.0%}")
+        print(
+            f"{family}  pass rate {np.mean([rates[i] for i in some]):.3f}  live {np.mean([i in live for i in some]):.0%}"
+        )
 
 
 if __name__ == "__main__":
