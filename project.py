@@ -124,7 +124,7 @@ class GradientSketcher:
                 sizes[f"{name}.bias"] = module.bias.numel()
         self.covered = sum(sizes.values())
         self.projection = SparseProjection(sizes, k, sparse_ratio, seed, model.device)
-        # Per-prompt weight gradients are made here, some prompts at a time: fresh memory each time costs more than they do.
+        # Per-prompt weight gradients are made here, some prompts at a time; fresh memory each time takes longer.
         largest = max(module.weight.numel() for module in self.linears.values())
         self.workspace = torch.empty(max(largest, self.MATRIX_ELEMENTS), device=model.device)
         # (input a, output gradient δ) of each call of each layer; the prompt and its completions are two calls
