@@ -155,8 +155,8 @@ def test_numbers_that_are_not_finite_name_the_prompt(refused, world, tmp_path):
         w / "out",
         says="not finite at prompt",
     )
-    refused("train", "--selection", w / "s.safetensors", "--data", w / "train.jsonl", "--model", model, "--out", w / "new",
-            says="not finite at prompt")  # fmt: skip
+    stage = ("--selection", w / "s.safetensors", "--data", w / "train.jsonl", "--out", w / "new")
+    refused("train", *stage, "--model", model, says="not finite at prompt")
     # finite logits, yet a gradient that overflows
     trajectories = rollout.open_trajectories(w / "t.safetensors")
     tensors = {name: getattr(trajectories, name) for name in rollout.TENSORS}

@@ -182,9 +182,8 @@ def print_pass_rates() -> None:
     rates, live = rolled.pass_rates(), rolled.live_groups()
     for family in FAMILIES:
         some = [i for i, row in enumerate(rows) if row["family"] == family]
-        print(
-            f"{family}  pass rate {np.mean([rates[i] for i in some]):.3f}  live {np.mean([i in live for i in some]):.0%}"
-        )
+        rate, share = np.mean([rates[i] for i in some]), np.mean([i in live for i in some])
+        print(f"{family}  pass rate {rate:.3f}  live {share:.0%}")
 
 
 if __name__ == "__main__":
