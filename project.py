@@ -28,14 +28,14 @@ prompt, (P, O, T) x (P, T, I) -> (P, O, I). The weights are frozen, so that prod
 would have made the summed weight gradient: a gradient per prompt costs no more than the backward pass it rides on.
 
 What is covered: weights and biases of every nn.Linear, so all of the network but the token embedding and the norms'
-gains (1.6% of the toy's parameters). An output head tied to the embedding is covered as a head.
+gains (1.4% of the toy's parameters). An output head tied to the embedding is covered as a head.
 
 Deviations:
  1. The paper's P is dense. One ±1 per column costs O(d) instead of O(dk) with the same expectation.
- 2. Bucket and sign are drawn by layer: the kept coordinates of a layer are put in random order and dealt out to the
-    buckets one after the other, going on where the layer before stopped. So a bucket is uniform and any two coordinates
-    of different layers meet with probability 1/k, as with independent hashing; two of one layer meet less often. The
-    deal needs no table of buckets, and adds to contiguous memory (half the time of a scatter on the toy).
+ 2. Buckets are dealt: the kept coordinates of a weight are put in random order and go to the buckets one after the
+    other, from a random one on. So every bucket is as likely as any other; two coordinates of different weights meet
+    with probability 1/k, as with independent hashing; two of the same meet less often, or never while there are no more
+    than k. Dealing needs no table of buckets and adds to contiguous memory, where a scatter jumps.
  3. The released code keeps the first coordinates it comes to. Ours are random over all that is covered.
 """
 
@@ -84,13 +84,12 @@ class SparseProjection:
         generator = torch.Generator().manual_seed(seed)
         # block -> (its kept coordinates in dealing order, their signs, the bucket of the first one)
         self.blocks: dict[str, tuple[torch.Tensor, torch.Tensor, int]] = {}
-        first = 0
         for name, size in sizes.items():
             kept = (torch.rand(size, generator=generator) < sparse_ratio).nonzero()[:, 0]
             kept = kept[torch.randperm(len(kept), generator=generator)]
             sign = torch.randint(0, 2, (len(kept),), generator=generator) * 2.0 - 1.0
+            first = int(torch.randint(0, k, (), generator=generator))
             self.blocks[name] = (kept.int().to(device), sign.to(device), first)
-            first = (first + len(kept)) % k
         self.coordinates = sum(len(kept) for kept, _, _ in self.blocks.values())
 
     def add(self, sketch: torch.Tensor, name: str, gradient: torch.Tensor) -> None:
