@@ -147,7 +147,7 @@ def describe(value: object) -> object:
     """A setting for run.json; a file or a model folder by its name and its digest."""
     if isinstance(value, dict):
         return {name: describe(one) for name, one in value.items()}
-    return [str(value), digest(value)] if isinstance(value, Path) else value
+    return [value.name, digest(value)] if isinstance(value, Path) else value
 
 
 # ---------------------------------------------------------------------------------------------------------------------
