@@ -19,7 +19,7 @@ after the last whole one.
     runs/NAME/
       run.json                           settings, digests of model and data, versions
       rollouts/{train,valid-*}.safetensors   β's trajectories;  test-*.safetensors: the evaluation before training
-      stage-00/
+      stage-00/                          each folder of work ends with its summary.json
         gradients-{train,valid-*}.safetensors   selection.{safetensors,csv}
         model/  optimizer.safetensors           metrics.jsonl (a line per step and per evaluation)
         test-*.safetensors                      the evaluation after this stage
@@ -38,7 +38,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import numpy as np
 import typer
@@ -52,6 +52,7 @@ from rollout import (
     TOY,
     BadInput,
     above_zero,
+    check_out,
     command_line,
     digest,
     load_prompts,
@@ -72,8 +73,8 @@ def _load_select():
 
 select = _load_select()
 SCRIPTS = {"rollout": rollout, "project": project, "select": select, "train": train}
-# Whose options `--set` reaches: the four scripts, and rollout.py as used on validation and on test sets.
-STAGES = {**SCRIPTS, "valid": rollout, "test": rollout}
+# Whose options `--set` reaches; rollout.py also as it is used on validation and on test sets.
+STAGES = {"rollout": rollout, "valid": rollout, "test": rollout, "project": project, "train": train}
 TOY_VALID = [TOY / f"valid-{name}.jsonl" for name in ("rev", "srt")]
 TOY_TEST = [TOY / f"test-{name}.jsonl" for name in ("rev", "srt", "untargeted")]
 # Completions per prompt of a validation and of a test set; a training prompt has rollout.py's own 8.
@@ -183,6 +184,8 @@ class Curriculum:
             changed = ", ".join(name for name in settings if found.get(name) != settings[name])
             require(not changed, f"{self.out} was begun with another {changed} (see {file}); choose a new --out")
         else:
+            strange = self.out.exists() and (not self.out.is_dir() or any(self.out.iterdir()))
+            require(not strange, f"{self.out} holds something else than a run (no run.json); choose a new --out")
             packages = ("torch", "transformers", "numpy", "safetensors")
             versions = {name: importlib.metadata.version(name) for name in packages}
             versions["python"] = platform.python_version()
@@ -289,12 +292,13 @@ def once(folder: Path, work: Callable[..., dict], *args) -> dict:
 # ---------------------------------------------------------------------------------------------------------------------
 # The command
 
-app = new_app(help=__doc__.splitlines()[0], no_args_is_help=True)
+app = new_app(help=__doc__.splitlines()[0])
 
 
-@app.callback()
-def main() -> None:
-    """So that `run` is a subcommand though it is the only one."""
+@app.callback(invoke_without_command=True)
+def main(context: typer.Context) -> None:
+    if context.invoked_subcommand is None:
+        print(context.get_help())
 
 
 @app.command(help="Run the curriculum; run the same command again to go on after the last whole stage.")
@@ -308,7 +312,7 @@ def run(
     stages: Annotated[int, typer.Option(min=1, help="Stages of selection and training.")] = 8,
     frac: Annotated[float, typer.Option(callback=above_zero, max=1, help="Share of the pool to train on.")] = 0.1,
     selector: Annotated[
-        str, typer.Option(callback=select.known_method, help="One of: " + ", ".join(select.METHODS) + ".")
+        Literal[select.METHODS], typer.Option(help="How each stage's prompts are chosen.")
     ] = "influence",
     seed: Annotated[int, typer.Option(min=0, help="Of everything random.")] = 0,
     out: Annotated[Path | None, typer.Option(help="Folder of the run.  [default: runs/SELECTOR-SEED]")] = None,
@@ -323,8 +327,11 @@ def run(
     for path in (*valid, *test):
         load_prompts(path)
     require((model / "config.json").is_file(), f"{model}: no model folder here (it has no config.json)")
+    toy_sets = pool != TOY / "train.jsonl" and (valid == TOY_VALID or test == TOY_TEST)
+    require(not toy_sets, f"{pool} needs validation and test sets of its own: --valid FILE --test FILE")
     valid_sets, test_sets = set_names(valid, "valid-"), set_names(test, "test-")
     out = out or Path("runs") / f"{selector}-{seed}"
+    check_out(out / "run.json")
     curriculum = Curriculum(out, model, pool, valid_sets, test_sets, selector, frac, seed, settings)
     curriculum.open()
 
@@ -380,13 +387,13 @@ def stage_line(summary: dict, pool: list[dict], chosen: np.ndarray, column: str,
 
 def print_table(summaries: list[dict]) -> None:
     names = list(summaries[0]["accuracy"])
-    print("\nstage  steps  chosen  reward  " + "  ".join(names) + "  scoring s  training s")
+    columns = ["stage", "steps", "chosen", "reward", *names, "scoring s", "training s"]
+    print("\n" + "  ".join(f"{name:>6}" for name in columns))
     for s in summaries:
-        row = [f"{s['stage']:5d}  {s['steps']:5d}"]
-        row += [f"{s['chosen']:6d}  {s['reward']:6.3f}" if s["stage"] else " " * 14]
-        row += [f"{s['accuracy'][name]:{len(name)}.3f}" for name in names]
-        row += [f"{s['seconds_scoring']:9.1f}  {s['seconds_training']:10.1f}" if s["stage"] else ""]
-        print("  ".join(row).rstrip())
+        cells = [s["stage"], s["steps"], s.get("chosen", ""), s.get("reward", ""), *s["accuracy"].values()]
+        cells += [s.get("seconds_scoring", ""), s.get("seconds_training", "")]
+        texts = [f"{cell:.3f}" if isinstance(cell, float) else str(cell) for cell in cells]
+        print("  ".join(f"{text:>{max(6, len(name))}}" for text, name in zip(texts, columns, strict=True)))
 
 
 def draw_curve(path: Path, summaries: list[dict], targeted: list[str], title: str) -> None:
@@ -426,7 +433,7 @@ def draw_selection(path: Path, pool: list[dict], chosen: list[np.ndarray], colum
         left.bar(labels, shares[:, g], bottom=bottom, label=name, color=colormaps["tab20"](g % 20))
         bottom += shares[:, g]
     left.set(title=f"chosen prompts by {column}", xlabel="stage", ylabel="share", ylim=(0, 1))
-    left.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize="small")
+    left.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize="small", reverse=True)
     kept = [np.isin(now, before).mean() for before, now in itertools.pairwise(chosen)]
     ever = [len(np.unique(np.concatenate(chosen[: s + 1]))) / len(pool) for s in range(len(chosen))]
     right.plot(range(2, len(chosen) + 1), kept, marker="o", label="share chosen by the stage before")

@@ -25,10 +25,12 @@ How many prompts share a batch though each needs a gradient of its own: the weig
 y = Wa + b is Σ_t δ_t a_tᵀ (and Σ_t δ_t for the bias), a sum over tokens of the layer's input a_t and the objective's
 gradient δ_t at its output. Hooks catch both for the whole batch, and one batched matrix product sums them prompt by
 prompt, (P, O, T) x (P, T, I) -> (P, O, I). The weights are frozen, so that product replaces the one with which autograd
-would have made the summed weight gradient: a gradient per prompt costs no more than the backward pass it rides on.
+would have made the summed weight gradient, and a gradient per prompt costs little more than the backward pass it rides
+on (`bench/speed.py`).
 
-What is covered: weights and biases of every nn.Linear, so all of the network but the token embedding and the norms'
-gains (1.4% of the toy's parameters). An output head tied to the embedding is covered as a head.
+What is covered: weights and biases of every nn.Linear. The token embedding and the norms' gains are left out: 1.4% of
+the toy's parameters, and their gradients are no products of this kind. A head tied to the embedding is covered as a
+head. A model with other weight matrices (fused experts, convolutions) is refused.
 
 Deviations:
  1. The paper's P is dense. One ±1 per column costs O(d) instead of O(dk) with the same expectation.
@@ -36,7 +38,8 @@ Deviations:
     other, from a random one on. So every bucket is as likely as any other; two coordinates of different weights meet
     with probability 1/k, as with independent hashing; two of the same meet less often, or never while there are no more
     than k. Dealing needs no table of buckets and adds to contiguous memory, where a scatter jumps.
- 3. The released code keeps the first coordinates it comes to. Ours are random over all that is covered.
+ 3. k is 4096 by default (paper: 32768), enough for the toy.
+ 4. The released code keeps the first coordinates it comes to. Ours are random over all that is covered.
 """
 
 from collections.abc import Callable
@@ -54,6 +57,7 @@ from rollout import (
     TOY,
     BatchTokens,
     above_zero,
+    check_out,
     command_line,
     digest,
     lineage,
@@ -108,14 +112,20 @@ class SparseProjection:
 
 
 class GradientSketcher:
-    """Sketches of ĝ(x;θ) for a batch of prompts; freezes the model's weights."""
+    """Sketches of ĝ(x;θ), equations 2 and 3, for batches of prompts. Freezes the model's weights and hooks its layers.
+
+    Raises:
+        BadInput: the model has weight matrices outside nn.Linear and its embeddings.
+    """
 
     MATRIX_ELEMENTS = 1 << 20  # of per-prompt weight gradients held at a time (or those of one prompt)
 
     def __init__(self, model: PreTrainedModel, k: int, sparse_ratio: float, seed: int):
         self.model = model.requires_grad_(False)
         self.linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-        require(bool(self.linears), "this model has no nn.Linear layer, so there is no gradient to project")
+        known = {id(module.weight) for module in model.modules() if isinstance(module, nn.Linear | nn.Embedding)}
+        others = [name for name, weight in model.named_parameters() if weight.ndim > 1 and id(weight) not in known]
+        require(not others, f"no gradients per prompt for {', '.join(others[:3])}: only nn.Linear layers are covered")
         sizes = {}
         for name, module in self.linears.items():
             sizes[f"{name}.weight"] = module.weight.numel()
@@ -142,7 +152,6 @@ class GradientSketcher:
     def sketch(self, batch: Batch, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
         """g̃(x;θ) of the batch's P prompts, (P, k) float32, and the ratios ρ of their tokens, (P*K, C)."""
         prompts = len(batch.prompt_ids)
-        self.caught.clear()
         _, logps = completion_logps(self.model, batch, temperature)
         objective = policy_objective(logps, batch.behavior_logps, batch.advantages, clip=None)
         # (P*K, C) -> (P*K,) -> (P,), then a sum: prompts do not meet in the network, so δ of each stays its own
@@ -150,6 +159,8 @@ class GradientSketcher:
         sketch = torch.zeros(prompts, self.projection.k, device=logps.device)
         for name, calls in self.caught.items():
             # (P, L, .) of the prompt and (P*K, C-1, .) of the completions -> (P, T, .) with T = L or K(C-1)
+            layout = all(a.ndim == 3 and len(a) in (prompts, len(batch.mask)) for a, _ in calls)
+            require(layout, f"layer {name} does not see its tokens prompt by prompt; this kind of model is not covered")
             calls = [tuple(x.reshape(prompts, -1, x.shape[-1]) for x in call) for call in calls]
             weight, bias = self.linears[name].weight, self.linears[name].bias
             step = max(1, self.MATRIX_ELEMENTS // weight.numel())
@@ -189,6 +200,7 @@ def project(
     batch_tokens: BatchTokens = 2048,
     seed: Annotated[int, typer.Option(min=0, help="Of the projection; all files of one selection need the same.")] = 0,
 ) -> int:
+    check_out(out, trajectories)
     stored = open_trajectories(trajectories)
     live = stored.live_groups()
     require(
@@ -206,14 +218,14 @@ def project(
         f"{sketcher.projection.coordinates:,} of {sketcher.covered:,} covered coordinates kept "
         f"({policy.num_parameters():,} parameters) -> k = {k:,}; {len(live) * k * 4 / 1e6:.1f} MB"
     )
+    temperature = stored.metadata["options"]["temperature"]
     metadata = {
         "model": digest(model),
         "trajectories": digest(trajectories),
         "data": stored.metadata["data"],
         "prompts": stored.metadata["prompts"],
-        "options": {"k": k, "sparse_ratio": sparse_ratio, "seed": seed},
+        "options": {"k": k, "sparse_ratio": sparse_ratio, "seed": seed, "temperature": temperature},
     }
-    temperature = stored.metadata["options"]["temperature"]
     order: list[int] = []
     norms, ess, columns = [], [], {}
     with (
@@ -233,7 +245,8 @@ def project(
             bar.update(len(groups))
         columns["prompt_index"] = np.array(order, np.int32)
         columns["grad_norm"] = torch.cat(norms).numpy()
-        columns["pass_rate"] = np.array([stored.rewards[live[i]].mean() for i in order], np.float32)
+        rates = stored.pass_rates()
+        columns["pass_rate"] = np.array([rates[i] for i in order], np.float32)
         columns["ess"] = torch.cat(ess).numpy()
     print(f"{out}: effective sample size {columns['ess'].mean():.2f} of 1")
     return len(live)

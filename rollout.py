@@ -20,8 +20,9 @@ import, so it also holds what they share: the error for bad input, the files, th
 The policy is softmax(logits / temperature) everywhere: here, in the GRPO step and in the influence estimate. There is
 no top-p and no top-k, since both would bend the ratios π/β that the off-policy gradient is made of (equation 2).
 
-A completion depends on (model, seed, data file, prompt_index, sample) alone: not on batch size or the order of the
-prompts, beyond rounding. Evaluation is this script on a test set: accuracy is the mean reward of a trajectory file.
+A completion depends on model, temperature, seed, data file, K, token limit and prompt alone: not on batch size or the
+order of the prompts, beyond rounding. Evaluation is this script on a test set: accuracy is the mean reward of a
+trajectory file.
 """
 
 import hashlib
@@ -34,7 +35,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
@@ -60,10 +61,16 @@ class BadInput(Exception):
 
 def command_line(app: typer.Typer) -> None:
     """Run a script's command line. Bad input, usage errors too, becomes one line; a bug keeps its traceback."""
-    usage_error = typer.BadParameter.__base__  # unknown or missing options too
+    command = typer.main.get_command(app)
+    usage_error = typer.BadParameter.__base__  # unknown and missing options too
     try:
-        app(standalone_mode=False)
+        with command.make_context(Path(sys.argv[0]).name, sys.argv[1:]) as context:
+            command.invoke(context)
         return
+    except typer.Exit as done:  # --help
+        sys.exit(done.exit_code)
+    except KeyboardInterrupt:
+        sys.exit(130)
     except usage_error as error:
         message = error.format_message()
     except BadInput as error:
@@ -97,20 +104,32 @@ def whole_file(path: Path) -> Iterator[Path]:
     """Yields a temporary name beside `path` (file or folder), renamed to `path` if the block ends without an error."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    old = path.with_name(f".{path.name}.{os.getpid()}.old")
     try:
         yield temporary
-        if path.is_dir():
-            shutil.rmtree(path)
+        if path.is_dir():  # a folder cannot be replaced in one step: move it aside first
+            os.replace(path, old)
         os.replace(temporary, path)
     finally:
-        if temporary.is_dir():
-            shutil.rmtree(temporary)
-        temporary.unlink(missing_ok=True)
+        for leftover in (temporary, old):
+            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink(missing_ok=True)
+
+
+def check_out(out: Path, *inputs: Path | None) -> None:
+    """Before any work: `out` can be written, and nothing else is lost by it.
+
+    Raises:
+        BadInput: it is one of the inputs, a folder that is no model, or stands below a file.
+    """
+    require(out.resolve() not in [path.resolve() for path in inputs if path], f"{out} is an input too; choose another")
+    require(not out.is_dir() or (out / "config.json").is_file(), f"{out} is a folder; choose another name")
+    parent = next(path for path in out.absolute().parents if path.exists())
+    require(parent.is_dir(), f"{out}: {parent} is not a folder")
 
 
 def digest(path: Path) -> str:
-    """SHA-256 of a file, or of a model folder (its config, tokenizer and weights)."""
-    files = [path] if path.is_file() else sorted(f for f in path.glob("*") if f.suffix in {".json", ".safetensors"})
+    """SHA-256 of a file, or of all files of a model folder."""
+    files = [path] if path.is_file() else sorted(f for f in path.glob("[!.]*") if f.is_file())
     sha = hashlib.sha256()
     for file in files:
         with open(file, "rb") as f:
@@ -210,10 +229,11 @@ def load_model(path: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A causal language model in float32 and evaluation mode (dropout off), with its tokenizer."""
     require((path / "config.json").is_file(), f"{path}: no model folder here (it has no config.json)")
     try:
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+        model, found = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, output_loading_info=True)
         tokenizer = AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError, SafetensorError) as error:
         raise BadInput(f"{path}: cannot load this model ({str(error).splitlines()[0]})") from None
+    require(not found["missing_keys"], f"{path}: the weights lack {', '.join(sorted(found['missing_keys'])[:3])}")
     return model.eval(), tokenizer
 
 
@@ -237,17 +257,18 @@ def exact(prompts: Sequence[str], completions: Sequence[str], answer: Sequence[s
 REWARDS: dict[str, Callable[..., list[float]]] = {"exact": exact}
 
 
-def known_reward(name: str) -> str:
-    """Check of an option."""
-    if name not in REWARDS:
-        raise typer.BadParameter(f"{name!r} is unknown (there is: {', '.join(REWARDS)})")
-    return name
-
-
 def verify(reward: str, rows: Sequence[dict], completions: Sequence[str]) -> np.ndarray:
-    """Rewards (M,) float32 of M completions, `rows[m]` being the data row of completion m."""
-    columns = {name: [row.get(name) for row in rows] for name in rows[0]}
-    return np.array(REWARDS[reward](columns.pop("prompt"), completions, **columns), np.float32)
+    """Rewards (M,) float32 of M completions, `rows[m]` being the data row of completion m.
+
+    Raises:
+        BadInput: the reward function returned another number of values, or one that is not finite.
+    """
+    names = dict.fromkeys(name for row in rows for name in row)
+    columns = {name: [row.get(name) for row in rows] for name in names}
+    verdicts = np.array(REWARDS[reward](columns.pop("prompt"), completions, **columns), np.float32)
+    whole = verdicts.shape == (len(rows),) and np.isfinite(verdicts).all()
+    require(whole, f"reward {reward!r} did not return one finite number for each of {len(rows)} completions")
+    return verdicts
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -277,71 +298,63 @@ class TransformersEngine:
     def generate(
         self,
         prompts: Sequence[Sequence[int]],
+        prompt_index: Sequence[int],
+        *,
         samples: int,
         max_tokens: int,
         temperature: float,
-        seeds: Sequence[Sequence[int]],
+        seed: Sequence[int],
         progress: str | None = None,
     ) -> list[list[Completion]]:
         """`samples` completions for each of the prompts.
 
         Args:
             prompts: token ids.
+            prompt_index: what each prompt is called; with `seed` it determines the prompt's random numbers.
             max_tokens: longest completion, in tokens, the end token included.
-            seeds: of prompt i: its random numbers are those of numpy's default_rng(seeds[i]).
             progress: title of the progress bar, if there is to be one.
         Raises:
-            FloatingPointError(i): NaN or infinity in the logits at prompts[i].
+            BadInput: a prompt that is empty or too long for the model; NaN or infinity in the logits.
         """
+        limit = getattr(self.model.config, "max_position_embeddings", None) or float("inf")
+        for i, prompt in zip(prompt_index, prompts, strict=True):
+            require(len(prompt) > 0, f"prompt {i} has no tokens for this tokenizer; take it out of the data")
+            fits = len(prompt) + max_tokens <= limit
+            require(fits, f"prompt {i}: {len(prompt)} tokens and --max-tokens {max_tokens} exceed the model's {limit}")
         done: list[list[Completion]] = [[] for _ in prompts]
         disable = None if progress else True  # None: where output is no terminal
         with tqdm(total=len(prompts), desc=progress, unit="prompt", leave=False, disable=disable) as bar:
-            for batch in self._batches([len(p) + max_tokens for p in prompts], samples):
-                uniforms = [np.random.default_rng(seeds[i]).random((samples, max_tokens), np.float32) for i in batch]
-                try:
-                    completions = self._generate([prompts[i] for i in batch], np.concatenate(uniforms), temperature)
-                except FloatingPointError as error:
-                    raise FloatingPointError(batch[error.args[0] // samples]) from None
+            for batch in pack([(len(p) + max_tokens, 0) for p in prompts], samples, self.batch_tokens):
+                indices = [prompt_index[i] for i in batch]
+                uniforms = [
+                    np.random.default_rng([*seed, i]).random((samples, max_tokens), np.float32) for i in indices
+                ]
+                completions = self._generate([prompts[i] for i in batch], indices, np.stack(uniforms), temperature)
                 for j, i in enumerate(batch):
                     done[i] = completions[j * samples : (j + 1) * samples]
                 bar.update(len(batch))
         return done
 
-    def _batches(self, widths: list[int], samples: int) -> Iterator[list[int]]:
-        """Prompts of like length together, at most `batch_tokens` cache slots (or one prompt) a batch."""
-        batch: list[int] = []
-        for i in sorted(range(len(widths)), key=widths.__getitem__):
-            if batch and (len(batch) + 1) * samples * widths[i] > self.batch_tokens:
-                yield batch
-                batch = []
-            batch.append(i)
-        yield batch
-
     @torch.inference_mode()
-    def _generate(self, prompts: list[Sequence[int]], uniforms: np.ndarray, temperature: float) -> list[Completion]:
-        """One batch: P prompts, uniforms (P*K, C) in [0, 1), one for each token that may be sampled."""
+    def _generate(
+        self, prompts: list[Sequence[int]], prompt_index: list[int], uniforms: np.ndarray, temperature: float
+    ) -> list[Completion]:
+        """One batch: P prompts, uniforms (P, K, C) in [0, 1), one for each token that may be sampled."""
         device = self.model.device
-        rows, max_tokens = uniforms.shape
-        samples = rows // len(prompts)
-        random = torch.from_numpy(uniforms).to(device)
-        ids, mask = pad_left(prompts, device)  # (P, L)
-        positions = (mask.cumsum(1) - 1).clamp(min=0)
-        cache = DynamicCache(config=self.model.config)
-        logits = self.model(ids, mask, positions, cache, use_cache=True, logits_to_keep=1).logits[:, -1]  # (P, V)
-        # (P, ...) -> (P*K, ...): from here on every sample is a sequence of its own
-        logits, mask, position = (x.repeat_interleave(samples, 0) for x in (logits, mask, positions[:, -1:] + 1))
-        cache.batch_repeat_interleave(samples)
-        alive = torch.arange(rows, device=device)  # row of each sequence that has not ended
-        tokens = torch.zeros(rows, max_tokens, dtype=torch.int32, device=device)
-        logps = torch.zeros(rows, max_tokens, device=device)
-        length = torch.full((rows,), max_tokens, device=device)
-        truncated = torch.ones(rows, dtype=torch.bool, device=device)
+        _, samples, max_tokens = uniforms.shape
+        random = torch.from_numpy(uniforms).to(device).flatten(0, 1)  # (P, K, C) -> (P*K, C)
+        logits, cache, mask, position = prefill(self.model, *pad_left(prompts, device), samples)
+        alive = torch.arange(len(random), device=device)  # row of each sequence that has not ended
+        tokens = torch.zeros(random.shape, dtype=torch.int32, device=device)
+        logps = torch.zeros(random.shape, device=device)
+        length = torch.full((len(random),), max_tokens, device=device)
+        truncated = torch.ones(len(random), dtype=torch.bool, device=device)
         for t in range(max_tokens):
-            logp = torch.log_softmax(logits.float() / temperature, -1)  # (A, V), A sequences alive
+            logp = torch.log_softmax(logits[:, -1].float() / temperature, -1)  # (A, V), A sequences alive
             cdf = logp.exp().cumsum(-1)
-            finite = torch.isfinite(cdf[:, -1])
-            if not finite.all():
-                raise FloatingPointError(int(alive[~finite][0]))
+            bad = alive[~torch.isfinite(cdf[:, -1])]
+            if len(bad):
+                raise BadInput(f"logits are not finite at prompt {prompt_index[int(bad[0]) // samples]}")
             # The inverse of the cumulative distribution at a uniform number: an exact sample, whatever the batch.
             token = torch.searchsorted(cdf, random[alive, t, None] * cdf[:, -1:], right=True)  # (A, 1)
             tokens[alive, t] = token[:, 0].int()
@@ -355,11 +368,31 @@ class TransformersEngine:
                 keep = (~ended).nonzero()[:, 0]
                 alive, token, mask, position = alive[keep], token[keep], mask[keep], position[keep]
                 cache.batch_select_indices(keep)
-            mask = torch.cat([mask, mask.new_ones(len(alive), 1)], 1)
-            logits = self.model(token, mask, position, cache, use_cache=True).logits[:, -1]
+            mask = torch.cat([mask, torch.ones_like(token)], 1)
+            logits = self.model(
+                input_ids=token, attention_mask=mask, position_ids=position, past_key_values=cache, use_cache=True
+            ).logits
             position = position + 1
         parts = zip(tokens.cpu().numpy(), logps.cpu().numpy(), length.tolist(), truncated.tolist(), strict=True)
         return [Completion(ids[:n], logp[:n], cut) for ids, logp, n, cut in parts]
+
+
+def pack(sizes: Sequence[tuple[int, int]], samples: int, batch_tokens: int) -> Iterator[list[int]]:
+    """Cut groups into batches of at most `batch_tokens` tokens, padding included, or of one group; like sizes together.
+
+    Args:
+        sizes: (longest completion, prompt) of each group; it costs its prompt once and the completion `samples` times.
+    """
+    batch: list[int] = []
+    prompt = 0
+    for i in sorted(range(len(sizes)), key=sizes.__getitem__):
+        prompt = max(prompt, sizes[i][1])
+        if batch and (len(batch) + 1) * (prompt + samples * sizes[i][0]) > batch_tokens:
+            yield batch
+            batch, prompt = [], sizes[i][1]
+        batch.append(i)
+    if batch:
+        yield batch
 
 
 def pad_left(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
@@ -371,6 +404,29 @@ def pad_left(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[torch
         ids[i, width - len(row) :] = torch.tensor(row)
         mask[i, width - len(row) :] = 1
     return ids.to(device), mask.to(device)
+
+
+def prefill(
+    model: PreTrainedModel, ids: torch.Tensor, mask: torch.Tensor, samples: int
+) -> tuple[torch.Tensor, DynamicCache, torch.Tensor, torch.Tensor]:
+    """Compute each of P prompts (P, L) once for its K completions.
+
+    Returns:
+        logits of the first token (P*K, 1, V), keys and values, mask (P*K, L), position of the first token (P*K, 1).
+    """
+    positions = (mask.cumsum(1) - 1).clamp(min=0)  # (P, L)
+    cache = DynamicCache(config=model.config)
+    logits = model(
+        input_ids=ids,
+        attention_mask=mask,
+        position_ids=positions,
+        past_key_values=cache,
+        use_cache=True,
+        logits_to_keep=1,
+    ).logits  # (P, 1, V)
+    cache.batch_repeat_interleave(samples)
+    logits, mask, position = (x.repeat_interleave(samples, 0) for x in (logits, mask, positions[:, -1:] + 1))
+    return logits, cache, mask, position
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -417,23 +473,16 @@ def sample_trajectories(
     tokenizer: PreTrainedTokenizerBase,
     rows: Sequence[dict],
     prompt_index: Sequence[int],
-    *,
-    samples: int,
-    max_tokens: int,
-    temperature: float,
     reward: str,
-    seed: Sequence[int],
-    progress: str | None = None,
+    **sampling,
 ) -> Trajectories:
-    """K = `samples` verified trajectories for each of N prompts; `rows[n]` has the index `prompt_index[n]`."""
+    """K verified trajectories for each of N prompts; `rows[n]` has the index `prompt_index[n]`.
+
+    `sampling` goes to the engine: samples, max_tokens, temperature, seed, progress.
+    """
     prompts = tokenizer([row["prompt"] for row in rows], add_special_tokens=False).input_ids
-    empty = [i for i, prompt in zip(prompt_index, prompts, strict=True) if not prompt]
-    require(not empty, f"prompt {empty[:1]} has no tokens for this tokenizer; take it out of the data")
-    seeds = [[*seed, i] for i in prompt_index]
-    try:
-        groups = engine.generate(prompts, samples, max_tokens, temperature, seeds, progress)
-    except FloatingPointError as error:
-        raise BadInput(f"logits are not finite at prompt {prompt_index[error.args[0]]}; the model is broken") from None
+    groups = engine.generate(prompts, prompt_index, **sampling)
+    samples = sampling["samples"]
     completions = [c for group in groups for c in group]  # (M,)
     texts = tokenizer.batch_decode([c.tokens for c in completions], skip_special_tokens=True)
     prompt_length = np.repeat(np.array([len(p) for p in prompts], np.int32), samples)
@@ -464,11 +513,10 @@ def open_trajectories(path: Path) -> Trajectories:
 
 app = new_app()
 
-# Options that train.py has as well.
-Samples = Annotated[int, typer.Option(min=1, help="K, completions per prompt.")]
+# Options that other scripts have as well.
 Temperature = Annotated[float, typer.Option(callback=above_zero, help="The policy is softmax(logits / temperature).")]
 MaxTokens = Annotated[int, typer.Option(min=1, help="Longest completion, in tokens.")]
-Reward = Annotated[str, typer.Option(callback=known_reward, help=f"Verifiable reward: {', '.join(REWARDS)}.")]
+Reward = Annotated[Literal["exact"], typer.Option(help="Verifiable reward.")]
 BatchTokens = Annotated[int, typer.Option(min=1, help="Tokens in a batch, padding included; lower it for memory.")]
 Seed = Annotated[int, typer.Option(min=0, help="Of everything random here.")]
 
@@ -478,29 +526,29 @@ def rollout(
     out: Annotated[Path, typer.Option(help="Trajectory file to write.")],
     model: Annotated[Path, typer.Option(help="Model folder of the policy that samples.")] = TOY / "model",
     data: Annotated[Path, typer.Option(help="jsonl file with the columns prompt and answer.")] = TOY / "train.jsonl",
-    samples: Samples = 8,
+    samples: Annotated[int, typer.Option(min=1, help="K, completions per prompt.")] = 8,
     temperature: Temperature = 1.0,
     max_tokens: MaxTokens = 8,
     reward: Reward = "exact",
     batch_tokens: BatchTokens = 16384,
     seed: Seed = 0,
 ) -> Trajectories:
+    check_out(out, model, data)
     rows = load_prompts(data)
     policy, tokenizer = load_model(model)
     data_digest = digest(data)
+    options = {"samples": samples, "max_tokens": max_tokens, "temperature": temperature}
     trajectories = sample_trajectories(
         TransformersEngine(policy, tokenizer, batch_tokens),
         tokenizer,
         rows,
         range(len(rows)),
-        samples=samples,
-        max_tokens=max_tokens,
-        temperature=temperature,
-        reward=reward,
+        reward,
+        **options,
         seed=[seed, int(data_digest, 16)],
         progress=f"rollout {data.stem}",
     )
-    options = {"samples": samples, "temperature": temperature, "max_tokens": max_tokens, "reward": reward, "seed": seed}
+    options |= {"reward": reward, "seed": seed}
     trajectories.metadata = {"model": digest(model), "data": data_digest, "prompts": len(rows), "options": options}
     tensors = {name: getattr(trajectories, name) for name in TENSORS}
     save_tensors(out, "trajectories", tensors, trajectories.metadata)

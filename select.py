@@ -14,11 +14,14 @@ Writes  N chosen prompts, best first, and beside it the same for people, a CSV w
     score_by_set float64 (N,V)  their cosine with each validation set
     rank_by_set  int64   (N,V)  their rank among the live prompts, 1 is best
 
-    s_V(x)   = cos( g̃(x), 1/|V| Σ_{v in V} g̃(v) )                                                             (4)
+A step of size η along the gradient of x changes the validation objective by η⟨∇J_V, ∇J_x⟩ (1). In its place stand
+
+    s_V(x)   = cos( g̃(x), mean of g̃(v) over the live prompts v of V )                                         (4)
     score(x) = Σ_V 1/rank_V(x)  over the sets in whose top N it stands,  N = frac·|D|                         (5)
 
-|D| counts the whole pool. Only live prompts can be chosen, so fewer than N are where fewer are live. Equal fused
-scores are ordered by mean cosine, then by index.
+N counts the whole pool, is rounded, and at least 1. (Dead validation prompts would only scale the mean.) Only live
+prompts can be chosen, so fewer than N are where fewer are live. Equal fused scores are ordered by mean cosine, then by
+index.
 
 The baselines choose from the whole pool, equals in random order: `full` (everything), `random`, and by the pass rate p
 of the stored trajectories `pass-rate` (p nearest to 1/2) and `learnability` (largest p(1-p)). As p(1-p) is
@@ -45,13 +48,14 @@ else:
     import csv
     from collections.abc import Iterator
     from pathlib import Path
-    from typing import Annotated
+    from typing import Annotated, Literal
 
     import numpy as np
     import typer
 
     from rollout import (
         above_zero,
+        check_out,
         command_line,
         digest,
         load_prompts,
@@ -78,7 +82,7 @@ def blocks(sketch: np.ndarray) -> Iterator[np.ndarray]:
 
 
 def mean_sketch(sketch: np.ndarray) -> np.ndarray:
-    """1/|V| Σ g̃(v): (N, k) -> (k,)."""
+    """Mean of g̃ over the rows, in equation 4: (N, k) -> (k,)."""
     return sum(block.sum(0) for block in blocks(sketch)) / len(sketch)
 
 
@@ -114,9 +118,13 @@ def reciprocal_rank_fusion(rank_by_set: np.ndarray, top: int) -> np.ndarray:
 # The methods
 
 
-def by_influence(gradients: Path, valid_gradients: list[Path], top: int) -> tuple[dict[str, np.ndarray], dict]:
+def by_influence(
+    gradients: Path, valid_gradients: list[Path], sources: dict, top: int
+) -> tuple[dict[str, np.ndarray], dict]:
     """All candidates, best first, with the tensors of a selection file; the metadata of the training gradients."""
     train, metadata = open_tensors(gradients, "gradients")
+    same = metadata["trajectories"] == sources["trajectories"]
+    require(same, f"{gradients} was made from other trajectories than those given; run project.py again")
     directions = []
     for path in valid_gradients:
         valid, found = open_tensors(path, "gradients")
@@ -146,7 +154,7 @@ def by_baseline(method: str, pass_rate: np.ndarray, seed: int) -> dict[str, np.n
         "random": random,
         "pass-rate": -np.abs(pass_rate - 0.5),
         "learnability": pass_rate * (1 - pass_rate),
-    }[method]
+    }[method].round(6)  # so that 1/3 and 2/3 are equals
     ranked = np.lexsort((random, -score))
     return {"ranked": ranked, "score": score[ranked]}
 
@@ -155,23 +163,17 @@ def by_baseline(method: str, pass_rate: np.ndarray, seed: int) -> dict[str, np.n
 # The command
 
 
-def known_method(name: str) -> str:
-    """Check of an option."""
-    if name not in METHODS:
-        raise typer.BadParameter(f"{name!r} is unknown (there is: {', '.join(METHODS)})")
-    return name
-
-
 def select(
     out: Annotated[Path, typer.Option(help="Selection file to write; the CSV goes beside it.")],
     data: Annotated[Path, typer.Option(help="jsonl file of the pool to choose from.")],
     trajectories: Annotated[Path | None, typer.Option(help="The pool's trajectories (not for full, random).")] = None,
     gradients: Annotated[Path | None, typer.Option(help="The pool's gradients (influence only).")] = None,
     valid_gradients: Annotated[list[Path] | None, typer.Option(help="The same of a validation set; repeat.")] = None,
-    method: Annotated[str, typer.Option(callback=known_method, help=", ".join(METHODS))] = "influence",
+    method: Annotated[Literal[METHODS], typer.Option(help="How to choose.")] = "influence",
     frac: Annotated[float, typer.Option(callback=above_zero, max=1, help="Share of the pool to choose.")] = 0.1,
     seed: Annotated[int, typer.Option(min=0, help="Of the baselines' random order.")] = 0,
 ) -> np.ndarray:
+    check_out(out, data, trajectories, gradients, *(valid_gradients or []))
     rows = load_prompts(data)
     sources = {"data": digest(data)}
     rates = dict.fromkeys(range(len(rows)), float("nan"))  # unknown
@@ -185,10 +187,8 @@ def select(
     names: list[str] = []
     if method == "influence":
         require(bool(gradients and valid_gradients), "influence needs --gradients and at least one --valid-gradients")
-        table, metadata = by_influence(gradients, valid_gradients, top)
+        table, metadata = by_influence(gradients, valid_gradients, sources, top)
         sources["model"] = metadata["model"]
-        same = metadata["trajectories"] == sources["trajectories"]
-        require(same, f"{gradients} was made from other trajectories than {trajectories}; run project.py again")
         names = [path.stem.removeprefix("gradients-").removeprefix("valid-") for path in valid_gradients]
     else:
         table = by_baseline(method, np.array([rates[i] for i in range(len(rows))]), seed)

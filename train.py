@@ -8,9 +8,9 @@ Writes  into the folder --out: `model/` (a Hugging Face checkpoint), `optimizer.
 
 A step samples K completions for a batch of P prompts and ascends
 
-    J = 1/(PK) sum_k 1/|τ_k| sum_t [ min(ρ_kt Â_k, clip(ρ_kt, 1-ε, 1+ε) Â_k) - β_KL k3_kt + β_H H_kt ]
+    J = 1/(PK) Σ_k 1/|τ_k| Σ_t [ min(ρ_kt Â_k, clip(ρ_kt, 1-ε, 1+ε) Â_k) - c_KL k3_kt + c_H H_kt ]         (6)
 
-    Â_k   = (R_k - mean R) / (std R + 1e-6)       over the K completions of the prompt
+    Â_k   = (R_k - mean R) / (std R + 1e-6)       over the K completions of the prompt; std divides by K - 1
     ρ_kt  = π_θ(a_kt|h_kt) / π_sampling(a_kt|h_kt)
     k3_kt = q - log q - 1 with q = π_initial(a_kt|h_kt) / π_θ(a_kt|h_kt)
     H_kt  = entropy of π_θ(.|h_kt)
@@ -22,6 +22,7 @@ Deviations from the paper's RL stage:
     terms are left out. They still count in the mean 1/(PK).
  2. The prompts of a step are drawn from the selection without replacement, anew at each step (no epochs).
  3. Toy defaults: 64 prompts a step (paper: 128), learning rate 5e-5 (paper: 1e-6, for a 1.5B model).
+ 4. One temperature for everything, 1 by default (paper: stored trajectories at 0.5).
 """
 
 import json
@@ -34,13 +35,11 @@ from typing import Annotated
 import numpy as np
 import torch
 import typer
-from safetensors.numpy import save_file
 from tqdm import trange
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 
 from rollout import (
     TOY,
-    BadInput,
     BatchTokens,
     MaxTokens,
     Reward,
@@ -49,17 +48,20 @@ from rollout import (
     Trajectories,
     TransformersEngine,
     above_zero,
+    check_out,
     command_line,
     digest,
-    file_metadata,
     lineage,
     load_model,
     load_prompts,
     new_app,
     open_tensors,
+    pack,
     pad_left,
+    prefill,
     require,
     sample_trajectories,
+    save_tensors,
     whole_file,
 )
 
@@ -79,7 +81,7 @@ def group_advantages(rewards: torch.Tensor) -> torch.Tensor:
 def policy_objective(
     logps: torch.Tensor, behavior_logps: torch.Tensor, advantages: torch.Tensor, clip: float | None
 ) -> torch.Tensor:
-    """min(ρ Â, clip(ρ, 1-ε, 1+ε) Â) per token; without clipping (`clip=None`) ρ Â, whose gradient is ρ Â ∇log π.
+    """min(ρ Â, clip(ρ, 1-ε, 1+ε) Â) per token (6); with `clip=None` ρ Â, whose gradient is ρ Â ∇log π (2).
 
     Args:
         logps, behavior_logps: (B, C) log-probs of the tokens under π_θ and under the policy that sampled them.
@@ -97,7 +99,7 @@ def k3_kl(logps: torch.Tensor, initial_logps: torch.Tensor) -> torch.Tensor:
 
 
 def sequence_mean(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """1/|τ| sum_t of (B, C) over the tokens of each completion: (B,)."""
+    """1/|τ| Σ_t of (B, C) over the tokens of each completion: (B,). Equations 2 and 6."""
     return (values * mask).sum(1) / mask.sum(1)
 
 
@@ -144,52 +146,39 @@ def collate(trajectories: Trajectories, groups: Sequence[tuple[int, np.ndarray]]
 def micro_batches(
     trajectories: Trajectories, groups: dict[int, np.ndarray], batch_tokens: int
 ) -> Iterator[list[tuple[int, np.ndarray]]]:
-    """Cut groups into batches of at most `batch_tokens` padded tokens (or one group), those of like length together."""
-    completion, prompt = trajectories.completion_length, trajectories.prompt_length
-    # (longest completion, prompt length) of each group; a group costs its prompt once and K completions
-    size = {i: (int(completion[rows].max()), int(prompt[rows[0]])) for i, rows in groups.items()}
-    batch: list[tuple[int, np.ndarray]] = []
-    longest_prompt = 0
-    for i in sorted(groups, key=lambda i: (size[i], i)):
-        longest_prompt = max(longest_prompt, size[i][1])
-        if batch and (len(batch) + 1) * (longest_prompt + len(groups[i]) * size[i][0]) > batch_tokens:
-            yield batch
-            batch, longest_prompt = [], size[i][1]
-        batch.append((i, groups[i]))
-    if batch:
-        yield batch
+    """Groups (prompt_index, rows (K,)) in batches of at most `batch_tokens` padded tokens, or of one group."""
+    items = sorted(groups.items())
+    sizes = [(trajectories.completion_length[rows].max(), trajectories.prompt_length[rows[0]]) for _, rows in items]
+    for batch in pack(sizes, len(items[0][1]) if items else 1, batch_tokens):
+        yield [items[i] for i in batch]
 
 
 def completion_logps(model: PreTrainedModel, batch: Batch, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-probs of the tempered policy over the vocabulary, (P*K, C, V), and of the batch's tokens, (P*K, C).
 
     Each prompt is computed once: its keys and values serve its K completions, and gradients flow back through them.
-    On the toy that halves the time of a step.
+    On the toy that halves the time of a step (`bench/speed.py`). Padding has log-prob 0.
 
     Raises:
         BadInput: NaN or infinity, naming the prompts.
     """
     samples = len(batch.completion_ids) // len(batch.prompt_ids)
-    positions = (batch.prompt_mask.cumsum(1) - 1).clamp(min=0)  # (P, L)
-    cache = DynamicCache(config=model.config)
-    first = model(
-        batch.prompt_ids, batch.prompt_mask, positions, cache, use_cache=True, logits_to_keep=1
-    ).logits.repeat_interleave(samples, 0)  # (P, 1, V) -> (P*K, 1, V): predicts each completion's first token
-    logits = first
-    if batch.completion_ids.shape[1] > 1:
-        cache.batch_repeat_interleave(samples)
-        inputs = batch.completion_ids[:, :-1]  # (P*K, C-1): the last token predicts nothing
-        mask = torch.cat([batch.prompt_mask.repeat_interleave(samples, 0), torch.ones_like(inputs)], 1)
-        after = positions[:, -1:].repeat_interleave(samples, 0) + 1  # (P*K, 1)
-        positions = after + torch.arange(inputs.shape[1], device=inputs.device)
-        rest = model(inputs, mask, positions, cache, use_cache=True).logits  # (P*K, C-1, V)
-        logits = torch.cat([first, rest], 1)
+    logits, cache, mask, position = prefill(model, batch.prompt_ids, batch.prompt_mask, samples)
+    inputs = batch.completion_ids[:, :-1]  # (P*K, C-1): the last token predicts nothing
+    if inputs.shape[1]:
+        rest = model(
+            input_ids=inputs,
+            attention_mask=torch.cat([mask, torch.ones_like(inputs)], 1),
+            position_ids=position + torch.arange(inputs.shape[1], device=inputs.device),
+            past_key_values=cache,
+            use_cache=True,
+        ).logits
+        logits = torch.cat([logits, rest], 1)  # (P*K, 1, V), (P*K, C-1, V) -> (P*K, C, V)
     all_logps = torch.log_softmax(logits.float() / temperature, -1)
-    logps = all_logps.gather(2, batch.completion_ids[:, :, None])[:, :, 0]
-    finite = torch.isfinite(logps.detach() * batch.mask).all(1).view(-1, samples).all(1)  # (P*K, C) -> (P,)
-    if not finite.all():
-        bad = [i for i, ok in zip(batch.prompt_index, finite.tolist(), strict=True) if not ok]
-        raise BadInput(f"logits are not finite at prompt {', '.join(map(str, bad))}")
+    logps = all_logps.gather(2, batch.completion_ids[:, :, None])[:, :, 0].masked_fill(batch.mask == 0, 0.0)
+    finite = torch.isfinite(logps.detach()).all(1).view(-1, samples).all(1)  # (P*K, C) -> (P,)
+    bad = [i for i, ok in zip(batch.prompt_index, finite.tolist(), strict=True) if not ok]
+    require(not bad, f"logits are not finite at prompt {', '.join(map(str, bad))}")
     return all_logps, logps
 
 
@@ -208,16 +197,19 @@ def grpo_step(
     entropy: float,
     batch_tokens: int,
 ) -> dict[str, float]:
-    """Add the gradient of -J to the parameters' `.grad`, micro-batch by micro-batch; returns means over live tokens.
+    """Add the gradient of -J (6) to the parameters' `.grad`, micro-batch by micro-batch.
+
+    Returns J, and means over the tokens of live groups: the KL, the entropy, the share of ratios outside 1 ± ε.
 
     Every sequence weighs 1/(PK) whichever micro-batch it is in, so their size changes nothing beyond rounding.
     """
     sequences = len(trajectories.rewards)  # P*K, dead groups included
-    sums = dict.fromkeys(["objective", "kl", "entropy", "clipped", "tokens"], 0.0)
+    sums = dict.fromkeys(["objective", "kl", "entropy", "outside_clip", "tokens"], 0.0)
     for groups in micro_batches(trajectories, trajectories.live_groups(), batch_tokens):
         batch = collate(trajectories, groups, model.device)
         all_logps, logps = completion_logps(model, batch, temperature)
-        token_entropy = -(all_logps.exp() * all_logps).sum(-1)  # (P*K, C, V) -> (P*K, C)
+        with torch.set_grad_enabled(entropy > 0):
+            token_entropy = -(all_logps.exp() * all_logps).sum(-1)  # (P*K, C, V) -> (P*K, C)
         value = policy_objective(logps, batch.behavior_logps, batch.advantages, clip) + entropy * token_entropy
         if initial is not None:
             with torch.no_grad():
@@ -227,13 +219,13 @@ def grpo_step(
             sums["kl"] += (token_kl.detach() * batch.mask).sum().item()
         objective = sequence_mean(value, batch.mask).sum() / sequences
         (-objective).backward()
-        clipped = ((logps - batch.behavior_logps).exp() - 1).abs() > clip
+        outside = ((logps - batch.behavior_logps).exp() - 1).abs() > clip
         sums["objective"] += objective.item()
         sums["entropy"] += (token_entropy.detach() * batch.mask).sum().item()
-        sums["clipped"] += (clipped * batch.mask).sum().item()
+        sums["outside_clip"] += (outside * batch.mask).sum().item()
         sums["tokens"] += batch.mask.sum().item()
     tokens = max(sums["tokens"], 1)
-    return {name: sums[name] / tokens for name in ("kl", "entropy", "clipped")} | {"objective": sums["objective"]}
+    return {name: sums[name] / tokens for name in ("kl", "entropy", "outside_clip")} | {"objective": sums["objective"]}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -247,8 +239,7 @@ def save_optimizer(path: Path, optimizer: torch.optim.AdamW, model: PreTrainedMo
         for moment in ("exp_avg", "exp_avg_sq"):
             tensors[f"{name}.{moment}"] = optimizer.state[parameter][moment].cpu().numpy()
     steps = int(optimizer.state[next(model.parameters())]["step"])
-    with whole_file(path) as temporary:
-        save_file(tensors, temporary, file_metadata("optimizer", {"model": model_digest, "steps": steps}))
+    save_tensors(path, "optimizer", tensors, {"model": model_digest, "steps": steps})
 
 
 def load_optimizer(path: Path, optimizer: torch.optim.AdamW, model: PreTrainedModel, model_path: Path) -> None:
@@ -291,6 +282,7 @@ def train(
     batch_tokens: BatchTokens = 16384,
     seed: Seed = 0,
 ) -> list[dict]:
+    check_out(out / "model", model, initial_model)
     rows = load_prompts(data)
     tensors, metadata = open_tensors(selection, "selection")
     require(metadata["data"] == digest(data), f"{selection} was made from other data than {data}")
@@ -300,37 +292,23 @@ def train(
     adamw = torch.optim.AdamW(policy.parameters(), lr=lr, weight_decay=0.0, fused=True)
     if optimizer:
         load_optimizer(optimizer, adamw, policy, model)
+    for parameter in policy.parameters():
+        parameter.grad = torch.zeros_like(parameter)  # so that AdamW has a state even if no group is ever live
     engine = TransformersEngine(policy, tokenizer, batch_tokens)
+    sampling = {"samples": samples, "max_tokens": max_tokens, "temperature": temperature}
+    objective = {"temperature": temperature, "clip": clip, "kl": kl, "entropy": entropy, "batch_tokens": batch_tokens}
     random = np.random.default_rng(seed)
     log: list[dict] = []
     progress = trange(steps, desc="train", unit="step", leave=False, disable=None)
     for step in progress:
         start = time.perf_counter()
         picked = random.choice(chosen, min(batch_prompts, len(chosen)), replace=False)
-        trajectories = sample_trajectories(
-            engine,
-            tokenizer,
-            [rows[i] for i in picked],
-            picked,
-            samples=samples,
-            max_tokens=max_tokens,
-            temperature=temperature,
-            reward=reward,
-            seed=[seed, step],
-        )
+        prompts = [rows[i] for i in picked]
+        trajectories = sample_trajectories(engine, tokenizer, prompts, picked, reward, **sampling, seed=[seed, step])
         sampled = time.perf_counter()
         for _ in range(iterations):
-            adamw.zero_grad()
-            measured = grpo_step(
-                policy,
-                initial,
-                trajectories,
-                temperature=temperature,
-                clip=clip,
-                kl=kl,
-                entropy=entropy,
-                batch_tokens=batch_tokens,
-            )
+            adamw.zero_grad(set_to_none=False)
+            measured = grpo_step(policy, initial, trajectories, **objective)
             norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), max_grad_norm).item()
             require(np.isfinite(norm), f"gradient is not finite at step {step}, prompts {sorted(picked.tolist())}")
             adamw.step()

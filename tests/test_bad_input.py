@@ -83,7 +83,7 @@ def test_rollout(refused, world, tmp_path):
             ('{"answer": "21"}\n', "'prompt'"),
             ('["rev(12)=", "21"]\n', "'prompt'"),
             ('{"prompt": "rev(12)=", "answer": "21"}\n{"prompt": \n', "line 2"),
-            ('{"prompt": "???", "answer": "21"}\n', "prompt [0]"),
+            ('{"prompt": "???", "answer": "21"}\n', "prompt 0 has no tokens"),
         ]
     ):
         file = tmp_path / f"bad-{number}.jsonl"
@@ -91,6 +91,35 @@ def test_rollout(refused, world, tmp_path):
         refused("rollout", *out, "--data", file, says=says)
     (tmp_path / "latin.jsonl").write_bytes('{"prompt": "é", "answer": "e"}'.encode("latin-1"))
     refused("rollout", *out, "--data", tmp_path / "latin.jsonl", says="latin.jsonl, line 1")
+
+
+def test_what_is_written_must_not_replace_something_else(refused, world, tmp_path):
+    w = world
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "precious").write_text("x")
+    given = ("--data", w / "train.jsonl")
+    refused("rollout", *given, "--out", tmp_path / "folder", says="is a folder")
+    refused("rollout", *given, "--out", w / "train.jsonl", says="is an input too")
+    refused("rollout", *given, "--out", w / "train.jsonl" / "x", says="is not a folder")
+    refused("project", "--trajectories", w / "t.safetensors", "--out", w / "t.safetensors", says="is an input too")
+    selection = ("--selection", w / "s.safetensors", *given)
+    shutil.copytree(TOY / "model", tmp_path / "mine" / "model")
+    refused("train", *selection, "--model", tmp_path / "mine/model", "--out", tmp_path / "mine", says="is an input too")
+    sets = ("--train", w / "train.jsonl", "--valid", w / "valid-rev.jsonl", "--test", w / "test-rev.jsonl")
+    refused("cropi", "run", *sets, "--out", tmp_path / "folder", says="holds something else than a run")
+
+
+def test_models(refused, world, tmp_path):
+    out = ("--data", world / "train.jsonl", "--out", world / "out")
+    (tmp_path / "empty").mkdir()
+    refused("rollout", *out, "--model", tmp_path / "empty", says="no config.json")
+    lacking = broken_model(tmp_path / "lacking", lambda weights: weights.pop("model.layers.1.mlp.up_proj.weight"))
+    refused("rollout", *out, "--model", lacking, says="model.layers.1.mlp.up_proj.weight")
+    cut = broken_model(tmp_path / "cut", lambda weights: None)
+    whole = (cut / "model.safetensors").read_bytes()
+    (cut / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+    refused("rollout", *out, "--model", cut, says="cannot load this model")
+    refused("rollout", *out, "--max-tokens", 64, says="exceed the model's 64")
 
 
 def test_project(refused, world, tmp_path):
@@ -114,7 +143,6 @@ def test_no_live_prompt(refused, world, tmp_path):
     (tmp_path / "hopeless.jsonl").write_text('{"prompt": "rev(123)=", "answer": "impossible"}\n' * 3)
     rollout.rollout(out=tmp_path / "dead.safetensors", data=tmp_path / "hopeless.jsonl")
     refused("project", "--trajectories", tmp_path / "dead.safetensors", "--out", w / "out", says="no live prompt")
-    run = ("run", "--out", tmp_path / "run", "--test", w / "test-rev.jsonl", "--set", "test.samples=1")
     with pytest.raises(rollout.BadInput, match=r"valid-hopeless.safetensors: no live prompt"):  # names the set
         cropi.run(
             pool=w / "train.jsonl",
@@ -123,7 +151,6 @@ def test_no_live_prompt(refused, world, tmp_path):
             out=tmp_path / "run",
         )
     assert not (tmp_path / "run" / "stage-00" / "selection.safetensors").exists()
-    assert run
 
 
 def test_numbers_that_are_not_finite_name_the_prompt(refused, world, tmp_path):
@@ -144,7 +171,7 @@ def test_numbers_that_are_not_finite_name_the_prompt(refused, world, tmp_path):
     named = [f"prompt {i}" for i in range(60) if letter in rows[i]["prompt"]]
     with pytest.raises(rollout.BadInput, match="not finite at prompt") as error:
         rollout.rollout(out=tmp_path / "x", model=model, data=w / "train.jsonl")
-    assert any(f"{name};" in str(error.value) for name in named)
+    assert any(str(error.value).endswith(name) for name in named)
     refused(
         "project",
         "--trajectories",
@@ -222,6 +249,7 @@ def test_run(refused, world, tmp_path):
         (("--train", w / "no.jsonl"), "no.jsonl"),
         (("--valid", w / "no.jsonl"), "no.jsonl"),
         (("--test", w / "no.jsonl"), "no.jsonl"),
+        (("--train", w / "train.jsonl"), "validation and test sets of its own"),
         (("--model", w / "no-model"), "no-model"),
         (("--set", "train.speed=9"), "train has no such option"),
         (("--set", "train.model=x"), "train has no such option"),

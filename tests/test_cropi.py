@@ -92,9 +92,17 @@ def test_a_run_goes_on_after_its_last_whole_stage(small_world):
     # as if killed while stage 2 was training: some of its files stand, its summary does not
     (small_world / "part" / "stage-01").mkdir()
     (small_world / "part" / "stage-01" / "selection.safetensors").write_bytes(b"half a file")
+    (
+        small_world / "part" / "rollouts" / "summary.json"
+    ).unlink()  # and killed before that: done again, with equal bytes
     run_small(small_world, "part")
     assert before == {path: path.stat().st_mtime_ns for path in (small_world / "part" / "stage-00").rglob("*")}
-    for pattern in ("stage-*/selection.*", "stage-*/model/model.safetensors"):
+    patterns = ("rollouts/t*", "stage-*/selection.*", "stage-*/model/model.safetensors")
+    for pattern in patterns:
+        assert digests(small_world / "whole", pattern) == digests(small_world / "part", pattern)
+    (small_world / "part" / "stage-01" / "summary.json").unlink()  # as if killed between training and summary
+    run_small(small_world, "part")
+    for pattern in patterns:
         assert digests(small_world / "whole", pattern) == digests(small_world / "part", pattern)
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import ROOT, TEMPERATURE
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 import project
 import rollout
@@ -17,6 +17,11 @@ from project import GradientSketcher, SparseProjection
 from train import collate, micro_batches
 
 K = 512
+
+
+def block_sizes(sketcher: GradientSketcher) -> dict[str, int]:
+    sizes = {f"{name}.weight": m.weight.numel() for name, m in sketcher.linears.items()}
+    return sizes | {f"{name}.bias": m.bias.numel() for name, m in sketcher.linears.items() if m.bias is not None}
 
 
 def dense_projection(projection: SparseProjection, sizes: dict[str, int]) -> dict[str, torch.Tensor]:
@@ -67,9 +72,7 @@ def case(request, moved):
 
 def test_hooks_equal_autograd_prompt_by_prompt(case, ragged):
     sketcher = GradientSketcher(copy.deepcopy(case), k=K, sparse_ratio=0.1, seed=1)
-    sizes = {f"{name}.weight": m.weight.numel() for name, m in sketcher.linears.items()}
-    sizes |= {f"{name}.bias": m.bias.numel() for name, m in sketcher.linears.items() if m.bias is not None}
-    matrices = dense_projection(sketcher.projection, sizes)
+    matrices = dense_projection(sketcher.projection, block_sizes(sketcher))
     oracle = case
     if case.config.tie_word_embeddings:  # the head's share of the tied gradient alone is covered
         oracle = copy.deepcopy(case)
@@ -110,22 +113,65 @@ def test_batching_changes_nothing(moved, ragged, change):
 
 
 def test_projection_keeps_inner_products_on_average():
-    """E⟨g̃, g̃'⟩ = r⟨g, g'⟩ over 400 seeds, within 4 standard errors; coordinates are kept at random, not the first."""
+    """E⟨g̃, g̃'⟩ = r⟨g, g'⟩ over 400 seeds, within 4 standard errors, for gradients that resemble each other."""
     torch.manual_seed(0)
     sizes = {"a": 300, "b": 700}
-    g = {name: torch.randn(2, size) for name, size in sizes.items()}
+    first = {name: torch.randn(size) + 0.5 for name, size in sizes.items()}
+    g = {name: torch.stack([x, x + 0.3 * torch.randn(len(x))]) for name, x in first.items()}
     products, kept = [], torch.zeros(1000)
     for seed in range(400):
         projection = SparseProjection(sizes, 64, 0.3, seed, torch.device("cpu"))
         sketch = torch.zeros(2, 64)
         for name in sizes:
             projection.add(sketch, name, g[name])
-            offset = 0 if name == "a" else 300
-            kept[offset + projection.blocks[name][0].long()] += 1
+            kept[(0 if name == "a" else 300) + projection.blocks[name][0].long()] += 1
         products.append((sketch[0] @ sketch[1]).item())
     truth = 0.3 * sum((g[name][0] @ g[name][1]).item() for name in sizes)
-    assert abs(np.mean(products) - truth) < 4 * np.std(products) / 20
+    error = np.std(products) / 20
+    assert abs(np.mean(products) - truth) < 4 * error
+    assert truth > 20 * error  # so that the line above can fail
     assert abs(kept / 400 - 0.3).max() < 5 * (0.3 * 0.7 / 400) ** 0.5  # every coordinate, with probability r
+
+
+def test_coordinates_of_different_weights_meet_with_probability_one_in_k():
+    meetings, buckets = 0, torch.zeros(8)
+    for seed in range(4000):
+        blocks = SparseProjection({"a": 3, "b": 5}, 8, 1.0, seed, torch.device("cpu")).blocks
+        place = {}
+        for name, (kept, _, first) in blocks.items():
+            dealt = (first + torch.arange(len(kept))) % 8
+            assert len(set(dealt.tolist())) == len(kept)  # no two of one weight meet, there being at most k
+            place[name] = dealt[kept.long() == 0].item()
+        meetings += place["a"] == place["b"]
+        buckets[place["a"]] += 1
+    error = (1 / 8 * 7 / 8 / 4000) ** 0.5
+    assert abs(meetings / 4000 - 1 / 8) < 4 * error
+    assert (buckets / 4000 - 1 / 8).abs().max() < 4 * error
+
+
+def test_completions_of_a_single_token(moved, toy):
+    """Then there is no second pass through the cache."""
+    rows = rollout.load_prompts(rollout.TOY / "train.jsonl")
+    live = [i for i, row in enumerate(rows) if row["family"] == "rnd"][:6]  # answers of one digit
+    trajectories = rollout.sample_trajectories(
+        rollout.TransformersEngine(*toy), toy[1], [rows[i] for i in live], live, "exact",
+        samples=16, max_tokens=1, temperature=TEMPERATURE, seed=[0],
+    )  # fmt: skip
+    assert set(trajectories.completion_length.tolist()) == {1}
+    groups = list(trajectories.live_groups().items())
+    assert groups
+    sketcher = GradientSketcher(copy.deepcopy(moved), k=K, sparse_ratio=0.1, seed=1)
+    matrices = dense_projection(sketcher.projection, block_sizes(sketcher))
+    sketch, _ = sketcher.sketch(collate(trajectories, groups, moved.device), TEMPERATURE)
+    for row, (_, rows) in enumerate(groups):
+        expected = autograd_sketch(moved, trajectories, rows, matrices)
+        assert (sketch[row] - expected).norm() <= 1e-4 * expected.norm()
+
+
+def test_models_with_other_weight_matrices_are_refused():
+    tiny = {"n_embd": 32, "n_layer": 1, "n_head": 2, "vocab_size": 41, "n_positions": 64}
+    with pytest.raises(rollout.BadInput, match=r"transformer\.h\.0\.attn"):
+        GradientSketcher(GPT2LMHeadModel(GPT2Config(**tiny)), k=K, sparse_ratio=0.1, seed=0)  # its layers are Conv1D
 
 
 def test_pass_rate_norm_and_sample_size_belong_to_their_prompt(small_world):

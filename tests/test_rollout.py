@@ -78,7 +78,8 @@ def test_samples_follow_the_policy(toy):
     """Frequencies of 8,000 first tokens against the tempered softmax, by a chi-square statistic."""
     model, tokenizer = toy
     ids = tokenizer("fst(pzb)=").input_ids
-    [completions] = TransformersEngine(model, tokenizer).generate([ids], 8000, 1, TEMPERATURE, [[0]])
+    engine = TransformersEngine(model, tokenizer)
+    [completions] = engine.generate([ids], [0], samples=8000, max_tokens=1, temperature=TEMPERATURE, seed=[0])
     counts = np.bincount([c.tokens[0] for c in completions], minlength=len(tokenizer))
     with torch.no_grad():
         expected = 8000 * torch.softmax(model(torch.tensor([ids])).logits[0, -1] / TEMPERATURE, -1).numpy()
@@ -92,10 +93,11 @@ def test_samples_follow_the_policy(toy):
 def test_finished_sequences_leave_the_batch(toy, monkeypatch):
     model, tokenizer = toy
     sizes = []
-    monkeypatch.setattr(model, "forward", lambda *a, _f=model.forward, **k: (sizes.append(len(a[0])), _f(*a, **k))[1])
+    monkeypatch.setattr(model, "forward", lambda _f=model.forward, **k: (sizes.append(len(k["input_ids"])), _f(**k))[1])
     rows = load_prompts(TOY / "valid-rev.jsonl")[:16]
     prompts = tokenizer([row["prompt"] for row in rows]).input_ids
-    groups = TransformersEngine(model, tokenizer).generate(prompts, 4, 12, 1.0, [[i] for i in range(16)])
+    engine = TransformersEngine(model, tokenizer)
+    groups = engine.generate(prompts, range(16), samples=4, max_tokens=12, temperature=1.0, seed=[0])
     lengths = np.array([len(c.tokens) for group in groups for c in group])
     # after the prefill of 16 prompts, step t feeds just the sequences longer than t tokens
     assert sizes == [16] + [int((lengths > t).sum()) for t in range(1, lengths.max())]
@@ -166,3 +168,29 @@ def test_toy_data_is_apart_and_is_what_make_writes(tmp_path, monkeypatch):
     assert len(prompts["train"]) == 2400
     assert len(prompts["valid-rev"]) == len(prompts["valid-srt"]) == 128
     assert len(prompts["test-rev"]) == len(prompts["test-srt"]) == 200
+
+
+def test_any_of_several_end_tokens_ends_a_completion(toy):
+    model, tokenizer = toy
+    engine = TransformersEngine(model, tokenizer)
+    ids = tokenizer("cpy(abcabc)=").input_ids
+    b = tokenizer("b").input_ids[0]
+    engine.end_tokens = torch.tensor([tokenizer.eos_token_id, b])
+    [completions] = engine.generate([ids], [0], samples=50, max_tokens=8, temperature=1.0, seed=[0])
+    assert any(c.tokens[-1] == b for c in completions)
+    assert all(b not in c.tokens[:-1] for c in completions)
+
+
+def test_rewards_see_every_column_of_the_data(monkeypatch):
+    seen = {}
+    monkeypatch.setitem(rollout.REWARDS, "mine", lambda prompts, completions, **c: seen.update(c) or [1.0, 0.0])
+    rows = [{"prompt": "a", "answer": "b"}, {"prompt": "c", "answer": "d", "level": 3}]
+    assert rollout.verify("mine", rows, ["x", "y"]).tolist() == [1.0, 0.0]
+    assert seen == {"answer": ["b", "d"], "level": [None, 3]}
+
+
+@pytest.mark.parametrize("verdicts", [[1.0], [1.0, float("nan")], [1.0, None]])
+def test_rewards_that_are_not_one_number_each_are_refused(monkeypatch, verdicts):
+    monkeypatch.setitem(rollout.REWARDS, "mine", lambda prompts, completions, **columns: verdicts)
+    with pytest.raises(rollout.BadInput, match="'mine'"):
+        rollout.verify("mine", [{"prompt": "a", "answer": "b"}] * 2, ["x", "y"])

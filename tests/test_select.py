@@ -1,6 +1,7 @@
 """Ranking against brute force, and the name that the standard library has too."""
 
 import csv
+import doctest
 import os
 import shutil
 import subprocess
@@ -102,6 +103,19 @@ def test_baselines(scored):
     learnable, _ = run_select(scored, method="learnability", frac=0.2)
     np.testing.assert_allclose(learnable["score"], [rates[i] * (1 - rates[i]) for i in learnable["ranked"].tolist()])
     assert sorted(learnable["score"], reverse=True) == learnable["score"].tolist()
+    rest = set(range(60)) - set(learnable["ranked"].tolist())
+    assert learnable["score"].min() >= max(rates[i] * (1 - rates[i]) for i in rest) - 1e-6
+
+
+def test_equal_pass_rates_are_ordered_at_random():
+    rates = np.array([1 / 3, 2 / 3] * 50, np.float32)  # equally near to 1/2, up to rounding
+    ranked = select.by_baseline("pass-rate", rates, seed=0)["ranked"]
+    assert 10 < sum(i % 2 for i in ranked[:50].tolist()) < 40
+
+
+def test_worked_examples_of_the_docstrings():
+    results = doctest.testmod(select)
+    assert results.attempted >= 2 and results.failed == 0
 
 
 def test_csv_says_the_same_to_people(scored):

@@ -1,6 +1,7 @@
 """The GRPO step against hand-worked numbers and plain autograd."""
 
 import copy
+import doctest
 import json
 import math
 
@@ -103,7 +104,7 @@ def test_gradient_is_that_of_the_formula(moved, toy, ragged):
     (-objective).backward()
     ours, measured = gradients(moved, initial, ragged)
     assert measured["objective"] == pytest.approx(objective.item(), abs=1e-5)
-    assert 0 < measured["clipped"] < 1
+    assert 0 < measured["outside_clip"] < 1
     for name, parameter in model.named_parameters():
         assert (ours[name] - parameter.grad).norm() <= 1e-4 * parameter.grad.norm(), name
 
@@ -183,4 +184,19 @@ def test_more_iterations_move_the_ratio_off_one(tmp_path):
     options = {"selection": tmp_path / "s.safetensors", "steps": 1, "lr": 1e-3}
     once = train.train(out=tmp_path / "a", iterations=1, **options)
     thrice = train.train(out=tmp_path / "b", iterations=3, **options)
-    assert once[0]["clipped"] == 0 < thrice[0]["clipped"]
+    assert once[0]["outside_clip"] == 0 < thrice[0]["outside_clip"]
+
+
+def test_a_stage_without_a_live_group_is_saved(tmp_path):
+    (tmp_path / "d.jsonl").write_text('{"prompt": "rev(123)=", "answer": "impossible"}\n' * 4)
+    tensors = {"ranked": np.arange(4)}
+    rollout.save_tensors(tmp_path / "s", "selection", tensors, {"data": rollout.digest(tmp_path / "d.jsonl")})
+    log = train.train(selection=tmp_path / "s", data=tmp_path / "d.jsonl", out=tmp_path / "a", steps=2)
+    assert [line["live_prompts"] for line in log] == [0, 0]
+    before, after = rollout.load_model(TOY / "model")[0], rollout.load_model(tmp_path / "a/model")[0]
+    assert torch.equal(before.lm_head.weight, after.lm_head.weight)
+
+
+def test_worked_example_of_the_docstring():
+    results = doctest.testmod(train)
+    assert results.attempted >= 1 and results.failed == 0
