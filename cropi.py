@@ -26,14 +26,12 @@ after the last whole one.
       curve.png  selection.png  report.json
 """
 
-import contextlib
 import importlib.metadata
 import importlib.util
 import itertools
 import json
 import platform
 import shlex
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -43,7 +41,6 @@ from typing import Annotated, Literal
 import numpy as np
 import typer
 from tqdm import tqdm
-from tqdm.contrib import DummyTqdmFile
 
 import project
 import rollout
@@ -128,7 +125,7 @@ def shell_command(script: str, options: dict) -> str:
 
 def call(script: str, **options):
     """Run a stage as a function, and print the command that does the same."""
-    print(f"$ {shell_command(script, options)}", flush=True)
+    tqdm.write(f"$ {shell_command(script, options)}")
     return getattr(SCRIPTS[script], script)(**options)
 
 
@@ -335,16 +332,15 @@ def run(
     curriculum = Curriculum(out, model, pool, valid_sets, test_sets, selector, frac, seed, settings)
     curriculum.open()
 
-    bar = tqdm(total=stages, desc="curriculum", unit="stage", disable=None)
-    with bar, contextlib.redirect_stdout(DummyTqdmFile(sys.stdout)):  # lines are printed above the bar
+    with tqdm(total=stages, desc="curriculum", unit="stage", disable=None) as bar:
         summaries = [once(out / "rollouts", curriculum.begin)]
-        print(f"before training: {accuracies(summaries[0])}; rollouts {summaries[0]['seconds_rollout']:.1f} s\n")
+        tqdm.write(f"before training: {accuracies(summaries[0])}; rollouts {summaries[0]['seconds_rollout']:.1f} s\n")
         chosen = []
         for stage in range(stages):
             folder = curriculum.folder(stage)
             summaries.append(once(folder, curriculum.run_stage, stage, summaries[-1]["steps"]))
             chosen.append(np.array(open_tensors(folder / "selection.safetensors", "selection")[0]["ranked"]))
-            print(f"stage {stage + 1} of {stages}: {stage_line(summaries[-1], prompts, chosen[-1], group_by)}\n")
+            tqdm.write(f"stage {stage + 1} of {stages}: {stage_line(summaries[-1], prompts, chosen[-1], group_by)}\n")
             bar.update()
 
     targeted = [name for name in test_sets if name in valid_sets]

@@ -213,7 +213,7 @@ def project(
         f"{trajectories} was sampled by another model than {model} or those it was trained from; run rollout.py again",
     )
     sketcher = GradientSketcher(policy, k, sparse_ratio, seed)
-    print(
+    tqdm.write(
         f"{trajectories}: {len(live)} live prompts of {stored.metadata['prompts']}; "
         f"{sketcher.projection.coordinates:,} of {sketcher.covered:,} covered coordinates kept "
         f"({policy.num_parameters():,} parameters) -> k = {k:,}; {len(live) * k * 4 / 1e6:.1f} MB"
@@ -248,7 +248,7 @@ def project(
         rates = stored.pass_rates()
         columns["pass_rate"] = np.array([rates[i] for i in order], np.float32)
         columns["ess"] = torch.cat(ess).numpy()
-    print(f"{out}: effective sample size {columns['ess'].mean():.2f} of 1")
+    tqdm.write(f"{out}: effective sample size {columns['ess'].mean():.2f} of 1")
     return len(live)
 
 

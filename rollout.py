@@ -553,7 +553,7 @@ def rollout(
     tensors = {name: getattr(trajectories, name) for name in TENSORS}
     save_tensors(out, "trajectories", tensors, trajectories.metadata)
     live = len(trajectories.live_groups())
-    print(
+    tqdm.write(  # prints above the progress bars of whoever called
         f"{out}: {len(rows)} prompts x {samples}, mean reward {trajectories.rewards.mean():.3f}, "
         f"{live} live prompts, {trajectories.truncated.mean():.1%} truncated"
     )

@@ -52,6 +52,7 @@ else:
 
     import numpy as np
     import typer
+    from tqdm import tqdm
 
     from rollout import (
         above_zero,
@@ -208,7 +209,7 @@ def select(
     chosen = {name: np.ascontiguousarray(values[:top]) for name, values in table.items()}
     options = {"method": method, "frac": frac, "seed": seed, "sets": names}
     save_tensors(out, "selection", chosen, sources | {"prompts": len(rows), "options": options})
-    print(f"{out}: {len(chosen['ranked'])} of {len(rows)} prompts by {method}")
+    tqdm.write(f"{out}: {len(chosen['ranked'])} of {len(rows)} prompts by {method}")
     return chosen["ranked"]
 
 

@@ -35,7 +35,7 @@ from typing import Annotated
 import numpy as np
 import torch
 import typer
-from tqdm import trange
+from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from rollout import (
@@ -299,7 +299,7 @@ def train(
     objective = {"temperature": temperature, "clip": clip, "kl": kl, "entropy": entropy, "batch_tokens": batch_tokens}
     random = np.random.default_rng(seed)
     log: list[dict] = []
-    progress = trange(steps, desc="train", unit="step", leave=False, disable=None)
+    progress = tqdm(range(steps), desc="train", unit="step", leave=False, disable=None)
     for step in progress:
         start = time.perf_counter()
         picked = random.choice(chosen, min(batch_prompts, len(chosen)), replace=False)
@@ -335,7 +335,7 @@ def train(
         tokenizer.save_pretrained(temporary)
         save_optimizer(out / "optimizer.safetensors", adamw, policy, digest(temporary))
     first, last = log[0]["reward"], log[-1]["reward"]
-    print(f"{out}/model: {steps} steps on {len(chosen)} prompts, reward {first:.3f} -> {last:.3f}")
+    tqdm.write(f"{out}/model: {steps} steps on {len(chosen)} prompts, reward {first:.3f} -> {last:.3f}")
     return log
 
 
