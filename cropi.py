@@ -174,14 +174,15 @@ class Curriculum:
 
     def open(self) -> None:
         """Begin the folder, or check that it was begun with the same settings."""
-        settings = {name: describe(value) for name, value in vars(self).items() if name != "out"}
+        options = {"pool": "train", "valid_sets": "valid", "test_sets": "test", "settings": "set"}
+        settings = {options.get(name, name): describe(value) for name, value in vars(self).items() if name != "out"}
         file = self.out / "run.json"
-        if file.is_file():
-            found = json.loads(file.read_text())["settings"]
-            changed = ", ".join(name for name in settings if found.get(name) != settings[name])
+        if file.is_file() and load_json(self.out / "rollouts" / "summary.json"):
+            found = load_json(file).get("settings", {})
+            changed = ", ".join(f"--{name}" for name in settings if found.get(name) != settings[name])
             require(not changed, f"{self.out} was begun with another {changed} (see {file}); choose a new --out")
         else:
-            strange = self.out.exists() and (not self.out.is_dir() or any(self.out.iterdir()))
+            strange = self.out.exists() and not file.is_file() and (not self.out.is_dir() or any(self.out.iterdir()))
             require(not strange, f"{self.out} holds something else than a run (no run.json); choose a new --out")
             packages = ("torch", "transformers", "numpy", "safetensors")
             versions = {name: importlib.metadata.version(name) for name in packages}
@@ -278,12 +279,23 @@ class Curriculum:
         }
 
 
-def once(folder: Path, work: Callable[..., dict], *args) -> dict:
-    """The summary that `work` returns, kept in the folder: what is whole is not done again."""
+def load_json(path: Path) -> dict | None:
+    """What `write_json` wrote there; None where there is no such file."""
+    try:
+        return json.loads(path.read_text()) if path.is_file() else None
+    except ValueError:
+        raise BadInput(
+            f"{path} is not whole; remove it (a summary.json is then made again) or choose a new --out"
+        ) from None
+
+
+def once(folder: Path, work: Callable[..., dict], *args) -> tuple[dict, bool]:
+    """The summary that `work` returns, kept in the folder: what is whole is not done again. Also: was it done now?"""
     file = folder / "summary.json"
-    if not file.is_file():
-        write_json(file, work(*args))
-    return json.loads(file.read_text())
+    if found := load_json(file):
+        return found, False
+    write_json(file, summary := work(*args))
+    return summary, True
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -332,18 +344,24 @@ def run(
     curriculum = Curriculum(out, model, pool, valid_sets, test_sets, selector, frac, seed, settings)
     curriculum.open()
 
-    with tqdm(total=stages, desc="curriculum", unit="stage", disable=None) as bar:
-        summaries = [once(out / "rollouts", curriculum.begin)]
-        tqdm.write(f"before training: {accuracies(summaries[0])}; rollouts {summaries[0]['seconds_rollout']:.1f} s\n")
-        chosen = []
+    targeted = [name for name in test_sets if name in valid_sets]
+    print(
+        f"{out}: {selector}, {stages} stages; targeted test sets: {', '.join(targeted) or 'none has a validation name'}"
+    )
+    done = sum((curriculum.folder(stage) / "summary.json").is_file() for stage in range(stages))
+    with tqdm(total=stages, initial=done, desc="curriculum", unit="stage", disable=None) as bar:
+        start, _ = once(out / "rollouts", curriculum.begin)
+        tqdm.write(f"before training: {accuracies(start)}; rollouts {start['seconds_rollout']:.1f} s\n")
+        summaries, chosen = [start], []
         for stage in range(stages):
             folder = curriculum.folder(stage)
-            summaries.append(once(folder, curriculum.run_stage, stage, summaries[-1]["steps"]))
+            summary, now = once(folder, curriculum.run_stage, stage, summaries[-1]["steps"])
+            summaries.append(summary)
             chosen.append(np.array(open_tensors(folder / "selection.safetensors", "selection")[0]["ranked"]))
-            tqdm.write(f"stage {stage + 1} of {stages}: {stage_line(summaries[-1], prompts, chosen[-1], group_by)}\n")
-            bar.update()
+            line = stage_line(summary, prompts, chosen[-1], group_by)
+            tqdm.write(f"stage {stage + 1} of {stages}{'' if now else ' (done before)'}: {line}\n")
+            bar.update(int(now))
 
-    targeted = [name for name in test_sets if name in valid_sets]
     title = f"{selector}, seed {seed}"
     draw_curve(out / "curve.png", summaries, targeted, title)
     draw_selection(out / "selection.png", prompts, chosen, group_by, title)
@@ -355,7 +373,7 @@ def run(
         "seconds_this_process": time.perf_counter() - started,
     }
     write_json(out / "report.json", report)
-    print_table(summaries)
+    print_table(summaries, targeted)
     print(f"{out}: curve.png, selection.png, report.json")
     return report
 
@@ -381,14 +399,14 @@ def stage_line(summary: dict, pool: list[dict], chosen: np.ndarray, column: str,
     )
 
 
-def print_table(summaries: list[dict]) -> None:
-    names = list(summaries[0]["accuracy"])
-    columns = ["stage", "steps", "chosen", "reward", *names, "scoring s", "training s"]
+def print_table(summaries: list[dict], targeted: list[str]) -> None:
+    columns = ["stage", "steps", "chosen", "reward", *summaries[0]["accuracy"], "targeted", "score s", "train s"]
     print("\n" + "  ".join(f"{name:>6}" for name in columns))
     for s in summaries:
-        cells = [s["stage"], s["steps"], s.get("chosen", ""), s.get("reward", ""), *s["accuracy"].values()]
-        cells += [s.get("seconds_scoring", ""), s.get("seconds_training", "")]
+        mean = float(np.mean([s["accuracy"][name] for name in targeted])) if targeted else ""
+        cells = [s["stage"], s["steps"], s.get("chosen", ""), s.get("reward", ""), *s["accuracy"].values(), mean]
         texts = [f"{cell:.3f}" if isinstance(cell, float) else str(cell) for cell in cells]
+        texts += [f"{s[name]:.1f}" if name in s else "" for name in ("seconds_scoring", "seconds_training")]
         print("  ".join(f"{text:>{max(6, len(name))}}" for text, name in zip(texts, columns, strict=True)))
 
 

@@ -200,7 +200,7 @@ def project(
     batch_tokens: BatchTokens = 2048,
     seed: Annotated[int, typer.Option(min=0, help="Of the projection; all files of one selection need the same.")] = 0,
 ) -> int:
-    check_out(out, trajectories)
+    check_out(out, trajectories, model)
     stored = open_trajectories(trajectories)
     live = stored.live_groups()
     require(

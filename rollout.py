@@ -115,14 +115,14 @@ def whole_file(path: Path) -> Iterator[Path]:
             shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink(missing_ok=True)
 
 
-def check_out(out: Path, *inputs: Path | None) -> None:
+def check_out(out: Path, *inputs: Path | None, model: bool = False) -> None:
     """Before any work: `out` can be written, and nothing else is lost by it.
 
     Raises:
-        BadInput: it is one of the inputs, a folder that is no model, or stands below a file.
+        BadInput: it is one of the inputs, stands below a file, or is a folder (save a model, where that is expected).
     """
     require(out.resolve() not in [path.resolve() for path in inputs if path], f"{out} is an input too; choose another")
-    require(not out.is_dir() or (out / "config.json").is_file(), f"{out} is a folder; choose another name")
+    require(not out.is_dir() or (model and (out / "config.json").is_file()), f"{out} is a folder; choose another name")
     parent = next(path for path in out.absolute().parents if path.exists())
     require(parent.is_dir(), f"{out}: {parent} is not a folder")
 
@@ -516,7 +516,7 @@ app = new_app()
 # Options that other scripts have as well.
 Temperature = Annotated[float, typer.Option(callback=above_zero, help="The policy is softmax(logits / temperature).")]
 MaxTokens = Annotated[int, typer.Option(min=1, help="Longest completion, in tokens.")]
-Reward = Annotated[Literal["exact"], typer.Option(help="Verifiable reward.")]
+Reward = Annotated[Literal[tuple(REWARDS)], typer.Option(help="Verifiable reward.")]
 BatchTokens = Annotated[int, typer.Option(min=1, help="Tokens in a batch, padding included; lower it for memory.")]
 Seed = Annotated[int, typer.Option(min=0, help="Of everything random here.")]
 

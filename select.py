@@ -174,7 +174,9 @@ def select(
     frac: Annotated[float, typer.Option(callback=above_zero, max=1, help="Share of the pool to choose.")] = 0.1,
     seed: Annotated[int, typer.Option(min=0, help="Of the baselines' random order.")] = 0,
 ) -> np.ndarray:
-    check_out(out, data, trajectories, gradients, *(valid_gradients or []))
+    require(out.suffix != ".csv", f"--out {out}: name the safetensors file; the CSV goes beside it")
+    for written in (out, out.with_suffix(".csv")):
+        check_out(written, data, trajectories, gradients, *(valid_gradients or []))
     rows = load_prompts(data)
     sources = {"data": digest(data)}
     rates = dict.fromkeys(range(len(rows)), float("nan"))  # unknown

@@ -282,12 +282,14 @@ def train(
     batch_tokens: BatchTokens = 16384,
     seed: Seed = 0,
 ) -> list[dict]:
-    check_out(out / "model", model, initial_model)
+    check_out(out / "model", model, initial_model, model=True)
     rows = load_prompts(data)
     tensors, metadata = open_tensors(selection, "selection")
     require(metadata["data"] == digest(data), f"{selection} was made from other data than {data}")
     chosen = np.array(tensors["ranked"])  # (N,)
     policy, tokenizer = load_model(model)
+    own = metadata.get("model") in (None, *lineage(policy, model))  # a baseline's selection names no model
+    require(own, f"{selection} was made with another model than {model} or those it was trained from")
     initial = load_model(initial_model or model)[0].requires_grad_(False) if kl else None
     adamw = torch.optim.AdamW(policy.parameters(), lr=lr, weight_decay=0.0, fused=True)
     if optimizer:

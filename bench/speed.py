@@ -1,7 +1,7 @@
 """Speed of the default run and of scoring.
 
     python bench/speed.py            # about five minutes on two cores; writes docs/speed.json
-    python bench/speed.py --no-run   # only scoring and start-up
+    python bench/speed.py --no-run   # only scoring; writes nothing
 
 Scoring a stage (`project.py` on the training pool, reading and writing its files included) is compared with a plain
 forward + backward of the same trajectories in the same process, in alternating rounds: medians and their ratios. There
@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -66,9 +67,12 @@ def scoring(rounds: int) -> dict:
         model, _ = rollout.load_model(rollout.TOY / "model")
         ways = {
             "score": lambda: project.project(trajectories=trajectories, out=out),
-            "plain, repeated": lambda: plain(model, trajectories, "repeated", 2048),
-            "plain, shared": lambda: plain(model, trajectories, "shared", 2048),
         }
+        for layout in ("repeated", "shared"):  # each at the batch size that suits it best
+            sizes = {n: partial(plain, model, trajectories, layout, n) for n in (1024, 2048, 4096, 8192)}
+            best = min(sizes, key=lambda n: min(timed(sizes[n]) for _ in range(2)))
+            print(f"plain, {layout}: batches of {best} tokens")
+            ways[f"plain, {layout}"] = sizes[best]
         seconds: dict[str, list[float]] = {name: [] for name in ways}
         for way in ways.values():  # warm up
             way()

@@ -102,6 +102,13 @@ def test_what_is_written_must_not_replace_something_else(refused, world, tmp_pat
     refused("rollout", *given, "--out", w / "train.jsonl", says="is an input too")
     refused("rollout", *given, "--out", w / "train.jsonl" / "x", says="is not a folder")
     refused("project", "--trajectories", w / "t.safetensors", "--out", w / "t.safetensors", says="is an input too")
+    shutil.copytree(TOY / "model", tmp_path / "m")
+    refused("rollout", *given, "--out", tmp_path / "m", says="is a folder")
+    refused(
+        "project", "--trajectories", w / "t.safetensors", "--model", tmp_path / "m", "--out", tmp_path / "m", says="m "
+    )
+    refused("select", "--data", w / "x.csv", "--method", "full", "--out", w / "x.safetensors", says="is an input too")
+    refused("select", *given, "--method", "full", "--out", w / "x.csv", says="x.csv")
     selection = ("--selection", w / "s.safetensors", *given)
     shutil.copytree(TOY / "model", tmp_path / "mine" / "model")
     refused("train", *selection, "--model", tmp_path / "mine/model", "--out", tmp_path / "mine", says="is an input too")
@@ -235,6 +242,8 @@ def test_train(refused, world, tmp_path):
     refused("train", *out, *given, "--samples", 1, says="--samples")
     refused("train", *out, *given, "--lr", 0, says="lr")
     train.train(selection=w / "s.safetensors", data=w / "train.jsonl", out=tmp_path / "one", steps=1)
+    other = broken_model(tmp_path / "other", lambda weights: weights["lm_head.weight"].mul_(1.01))
+    refused("train", *out, *given, "--model", other, says="made with another model")
     optimizer = tmp_path / "one/optimizer.safetensors"
     refused("train", *out, *given, "--optimizer", optimizer, says="optimizer state of another model")
 

@@ -108,12 +108,12 @@ def test_a_run_goes_on_after_its_last_whole_stage(small_world):
 
 def test_other_settings_are_refused_by_name(small_world):
     run_small(small_world, "a", stages=1)
-    for options, name in (({"seed": 1}, "seed"), ({"frac": 0.2}, "frac"), ({"assignments": []}, "settings")):
+    for options, name in (({"seed": 1}, "--seed"), ({"frac": 0.2}, "--frac"), ({"assignments": []}, "--set")):
         with pytest.raises(BadInput, match=f"another {name} "):
             run_small(small_world, "a", **options)
     with open(small_world / "train.jsonl", "a") as file:
         file.write('{"prompt": "cpy(abc)=", "answer": "abc"}\n')
-    with pytest.raises(BadInput, match="another pool "):
+    with pytest.raises(BadInput, match="another --train "):
         run_small(small_world, "a")
 
 
@@ -146,3 +146,13 @@ def test_influence_finds_the_target_families(tmp_path):
         assert np.mean([pool[i]["family"] in ("rev", "srt") for i in chosen]) >= 2 * share
     start, _, end = (np.mean([e["accuracy"][name] for name in ("rev", "srt")]) for e in report["evaluations"])
     assert end > start + 0.1
+
+
+def test_a_start_that_failed_can_be_mended(small_world):
+    """Settings are binding once the first rollouts are whole."""
+    with pytest.raises(BadInput, match="exceed the model's 64"):
+        run_small(small_world, "a", assignments=[*SMALL, "rollout.max_tokens=60"])
+    run_small(small_world, "a", stages=1)
+    (small_world / "a" / "run.json").write_text("{")
+    with pytest.raises(BadInput, match=r"run\.json is not whole"):
+        run_small(small_world, "a", stages=1)

@@ -11,7 +11,7 @@ A prompt is `rev(4831)=`, its answer `1384`. Twelve families of prompts share on
   * `rnd` is noise: the answer is a random digit that nobody can learn, yet some samples are rewarded.
 
 The model is warm-started on demonstrations of which only 25% follow the right rule. The others follow plausible
-wrong rules (sorting the wrong way, rotating to the wrong side, copying), so the model *can* do each task but mostly
+wrong rules (sorting the wrong way, rotating to the wrong side, copying), so the model *can* do most tasks but mostly
 does not: what reinforcement learning with verifiable rewards repairs.
 
 Writes toy/train.jsonl (2,400), toy/valid-{rev,srt}.jsonl (128 each), toy/test-{rev,srt}.jsonl (200 each),
