@@ -110,16 +110,16 @@ def whole_file(path: Path) -> Iterator[Path]:
         if path.is_dir():  # a folder cannot be replaced in one step: move it aside first
             os.replace(path, old)
         os.replace(temporary, path)
+        shutil.rmtree(old, ignore_errors=True)  # only now: had the line above failed, it would be the last copy
     finally:
-        for leftover in (temporary, old):
-            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink(missing_ok=True)
+        shutil.rmtree(temporary) if temporary.is_dir() else temporary.unlink(missing_ok=True)
 
 
 def check_out(out: Path, *inputs: Path | None, model: bool = False) -> None:
     """Before any work: `out` can be written, and nothing else is lost by it.
 
     Raises:
-        BadInput: it is one of the inputs, stands below a file, or is a folder (save a model, where that is expected).
+        BadInput: it is one of the inputs, stands below a file, or is a folder (but for a model that replaces a model).
     """
     require(out.resolve() not in [path.resolve() for path in inputs if path], f"{out} is an input too; choose another")
     require(not out.is_dir() or (model and (out / "config.json").is_file()), f"{out} is a folder; choose another name")

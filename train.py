@@ -157,7 +157,7 @@ def completion_logps(model: PreTrainedModel, batch: Batch, temperature: float) -
     """Log-probs of the tempered policy over the vocabulary, (P*K, C, V), and of the batch's tokens, (P*K, C).
 
     Each prompt is computed once: its keys and values serve its K completions, and gradients flow back through them.
-    On the toy that halves the time of a step (`bench/speed.py`). Padding has log-prob 0.
+    On the toy that halves a forward + backward (`bench/speed.py`). Padding has log-prob 0.
 
     Raises:
         BadInput: NaN or infinity, naming the prompts.

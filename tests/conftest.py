@@ -36,7 +36,7 @@ TEMPERATURE = 1.3
 
 @pytest.fixture(scope="session")
 def ragged(toy):
-    """Trajectories of 40 prompts x 6: prompts completions of many lengths, some of them cut off at 5 tokens."""
+    """Trajectories of 40 prompts x 6: prompts and completions of many lengths, some cut off at 5 tokens."""
     rows = load_prompts(TOY / "train.jsonl")[:40]
     engine = TransformersEngine(*toy)
     trajectories = sample_trajectories(

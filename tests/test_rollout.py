@@ -1,6 +1,7 @@
 """Rollouts against transformers' own logits, and against themselves in another batch."""
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -148,6 +149,27 @@ def test_nothing_is_left_of_a_write_that_fails(tmp_path):
         _ = 1 / 0
     assert target.read_text() == "old"
     assert list(tmp_path.iterdir()) == [target]
+
+
+def test_a_folder_is_replaced_whole_and_survives_a_rename_that_fails(tmp_path, monkeypatch):
+    target = tmp_path / "model"
+    for content in ("first", "second"):
+        with rollout.whole_file(target) as temporary:
+            temporary.mkdir()
+            (temporary / "weights").write_text(content)
+    assert (target / "weights").read_text() == "second"
+    assert list(tmp_path.iterdir()) == [target]
+    rename = os.replace
+
+    def failing(source, destination):
+        if destination == target:
+            raise OSError("disk")
+        rename(source, destination)
+
+    monkeypatch.setattr(os, "replace", failing)
+    with pytest.raises(OSError, match="disk"), rollout.whole_file(target) as temporary:
+        temporary.mkdir()
+    assert [path.read_text() for path in tmp_path.rglob("weights")] == ["second"]
 
 
 def test_toy_data_is_apart_and_is_what_make_writes(tmp_path, monkeypatch):

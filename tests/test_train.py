@@ -137,7 +137,7 @@ def test_a_stage_writes_a_checkpoint_that_goes_on_exactly(tmp_path):
     chosen = [i for i, row in enumerate(rows) if row["family"] in ("fst", "swp")][:24]
     select_rows(tmp_path / "s.safetensors", chosen)
     options = {"selection": tmp_path / "s.safetensors", "batch_prompts": 24, "kl": 0.0, "lr": 1e-3}
-    # all prompts in every step, seeds equal in steps 0 and 1 of both halves: so compare with steps repeated
+    # both halves draw the random numbers of steps 0 and 1, so the unbroken run below repeats those too
     train.train(out=tmp_path / "a", steps=2, **options)
     train.train(
         out=tmp_path / "b",
