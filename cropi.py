@@ -6,6 +6,7 @@ The algorithm (Data-Efficient RLVR via Off-Policy Influence Guidance, arXiv 2510
 
     sample K trajectories from β = π_θ0 for every training and validation prompt       rollout.py
     for stage s = 0 .. S-1:
+        (with --refresh-every R: if R divides s > 0, sample them anew from π_θs)      rollout.py
         ĝ, g̃   <- off-policy gradients at θ_s from β's trajectories, sketched     (2, 3)  project.py
         score  <- cosine with each validation set, ranks fused; the top N = frac·|D|  (4, 5)  select.py
         θ_s+1  <- GRPO from θ_s on the chosen prompts                                 (6)     train.py
@@ -20,6 +21,7 @@ after the last whole one.
       run.json                           settings, digests of model and data, versions
       rollouts/{train,valid-*}.safetensors   β's trajectories;  test-*.safetensors: the evaluation before training
       stage-00/                          each folder of work ends with its summary.json
+        rollouts/                               β's trajectories, where they were refreshed
         gradients-{train,valid-*}.safetensors   selection.{safetensors,csv}
         model/  optimizer.safetensors           metrics.jsonl (a line per step and per evaluation)
         test-*.safetensors                      the evaluation after this stage
@@ -79,7 +81,7 @@ SAMPLES = {"valid": {"samples": 32}, "test": {"samples": 4}}
 SHARED = ("temperature", "max_tokens", "reward")  # set for `rollout`, these hold for valid, test and train as well
 OURS = {  # options that the loop itself gives to each script
     *("out", "model", "data", "seed", "trajectories", "gradients", "valid_gradients", "method", "frac"),
-    *("selection", "initial_model", "optimizer"),
+    *("selection", "previous", "initial_model", "optimizer"),
 }
 
 
@@ -163,6 +165,7 @@ class Curriculum:
     test_sets: dict[str, Path]
     selector: str
     frac: float
+    refresh_every: int
     seed: int
     settings: dict[str, dict]  # options of each script, beside those that are set below
 
@@ -179,7 +182,7 @@ class Curriculum:
         file = self.out / "run.json"
         if file.is_file() and load_json(self.out / "rollouts" / "summary.json"):
             found = load_json(file).get("settings", {})
-            changed = ", ".join(f"--{name}" for name in settings if found.get(name) != settings[name])
+            changed = ", ".join(f"--{name}" for name in settings if found.get(name) != settings[name]).replace("_", "-")
             require(not changed, f"{self.out} was begun with another {changed} (see {file}); choose a new --out")
         else:
             strange = self.out.exists() and not file.is_file() and (not self.out.is_dir() or any(self.out.iterdir()))
@@ -189,37 +192,45 @@ class Curriculum:
             versions["python"] = platform.python_version()
             write_json(file, {"format": rollout.FORMAT, "settings": settings, "versions": versions})
 
-    def offline_rollouts(self) -> None:
-        """β's trajectories. What a selector does not look at is not sampled."""
+    def valid_files(self) -> dict[str, Path]:
+        """valid-NAME, as its trajectories and gradients are called, -> data file."""
+        return {f"valid-{name}": path for name, path in self.valid_sets.items()}
+
+    def trajectories(self, stage: int) -> Path:
+        """Folder of β's trajectories as the stage is scored with them."""
+        sampled = stage - stage % self.refresh_every if self.refresh_every else 0
+        return (self.folder(sampled) if sampled else self.out) / "rollouts"
+
+    def offline_rollouts(self, stage: int) -> dict:
+        """Sample β's trajectories from θ of the stage; returns the cost. What no selector looks at is not sampled."""
+        clock, count = time.perf_counter(), 0
         files = {} if self.selector in ("full", "random") else {"train": ("rollout", self.pool)}
         if self.selector == "influence":
-            files |= {f"valid-{name}": ("valid", path) for name, path in self.valid_sets.items()}
-        for name, (stage, path) in files.items():
-            out = self.out / "rollouts" / f"{name}.safetensors"
-            call("rollout", model=self.model, data=path, out=out, seed=self.seed, **self.settings[stage])
+            files |= {name: ("valid", path) for name, path in self.valid_files().items()}
+        for name, (script, path) in files.items():
+            out = self.trajectories(stage) / f"{name}.safetensors"
+            seed = self.stage_seed(stage) if stage else self.seed
+            rolled = call("rollout", model=self.policy(stage), data=path, out=out, seed=seed, **self.settings[script])
+            count += len(rolled.rewards)
+        return {"seconds_rollout": time.perf_counter() - clock, "trajectories_offline": count}
 
-    def choose(self, stage: int) -> tuple[np.ndarray, int | None]:
-        """Indices of the chosen prompts, best first, and for influence the number of live ones."""
-        folder, seed = self.folder(stage), self.stage_seed(stage)
+    def choose(self, stage: int) -> np.ndarray:
+        """Indices of the chosen prompts, best first."""
+        folder, rollouts, seed = self.folder(stage), self.trajectories(stage), self.stage_seed(stage)
         sources: dict = {}
-        live = None
         if self.selector not in ("full", "random"):
-            sources["trajectories"] = self.out / "rollouts" / "train.safetensors"
+            sources["trajectories"] = rollouts / "train.safetensors"
         if self.selector == "influence":
-            for name in ("train", *(f"valid-{name}" for name in self.valid_sets)):
-                found = call(
-                    "project",
-                    model=self.policy(stage),
-                    trajectories=self.out / "rollouts" / f"{name}.safetensors",
-                    out=folder / f"gradients-{name}.safetensors",
-                    seed=seed,
-                    **self.settings["project"],
-                )
-                live = found if name == "train" else live
-            sources["gradients"] = folder / "gradients-train.safetensors"
-            sources["valid_gradients"] = [folder / f"gradients-valid-{name}.safetensors" for name in self.valid_sets]
+            gradients = {name: folder / f"gradients-{name}.safetensors" for name in ("train", *self.valid_files())}
+            for name, out in gradients.items():
+                options = self.settings["project"] | ({} if name == "train" else {"halves": 0})
+                stored = rollouts / f"{name}.safetensors"
+                call("project", model=self.policy(stage), trajectories=stored, out=out, seed=seed, **options)
+            sources["gradients"] = gradients.pop("train")
+            sources["valid_gradients"] = list(gradients.values())
+            sources["previous"] = self.folder(stage - 1) / "selection.safetensors" if stage else None
         options = {"method": self.selector, "frac": self.frac, "seed": seed}
-        return call("select", data=self.pool, out=folder / "selection.safetensors", **sources, **options), live
+        return call("select", data=self.pool, out=folder / "selection.safetensors", **sources, **options)
 
     def train(self, stage: int) -> list[dict]:
         """One line of metrics per step."""
@@ -249,16 +260,15 @@ class Curriculum:
 
     def begin(self) -> dict:
         """Everything before the first stage; returns its summary."""
-        clock = time.perf_counter()
-        self.offline_rollouts()
-        seconds = time.perf_counter() - clock
-        accuracy = self.evaluate(self.model, self.out / "rollouts")
-        return {"stage": 0, "steps": 0, "seconds_rollout": seconds, "accuracy": accuracy}
+        cost = self.offline_rollouts(0)
+        return {"stage": 0, "steps": 0, **cost, "accuracy": self.evaluate(self.model, self.out / "rollouts")}
 
     def run_stage(self, stage: int, steps: int) -> dict:
-        """Select, train, evaluate; returns the stage's summary. `steps` were made before it."""
+        """Refresh, select, train, evaluate; returns the stage's summary. `steps` were made before it."""
+        refresh = stage and self.trajectories(stage).parent == self.folder(stage)
+        cost = self.offline_rollouts(stage) if refresh else {}
         clock = time.perf_counter()
-        chosen, live = self.choose(stage)
+        chosen = self.choose(stage)
         scored = time.perf_counter()
         log = self.train(stage)
         trained = time.perf_counter()
@@ -269,10 +279,12 @@ class Curriculum:
         return {
             "stage": stage + 1,
             "steps": steps + len(log),
-            "live_prompts": live,
             "chosen": len(chosen),
             "reward": float(np.mean([line["reward"] for line in log])),
             "accuracy": accuracy,
+            "diagnostics": open_tensors(self.folder(stage) / "selection.safetensors", "selection")[1]["diagnostics"],
+            "trajectories_training": sum(line["trajectories"] for line in log),
+            **cost,
             "seconds_scoring": scored - clock,
             "seconds_training": trained - scored,
             "seconds_evaluation": time.perf_counter() - trained,
@@ -323,6 +335,9 @@ def run(
     selector: Annotated[
         Literal[select.METHODS], typer.Option(help="How each stage's prompts are chosen.")
     ] = "influence",
+    refresh_every: Annotated[
+        int, typer.Option(min=0, help="Stages after which the stored trajectories are sampled anew; 0: never.")
+    ] = 0,
     seed: Annotated[int, typer.Option(min=0, help="Of everything random.")] = 0,
     out: Annotated[Path | None, typer.Option(help="Folder of the run.  [default: runs/SELECTOR-SEED]")] = None,
     assignments: Annotated[
@@ -341,7 +356,7 @@ def run(
     valid_sets, test_sets = set_names(valid, "valid-"), set_names(test, "test-")
     out = out or Path("runs") / f"{selector}-{seed}"
     check_out(out / "run.json")
-    curriculum = Curriculum(out, model, pool, valid_sets, test_sets, selector, frac, seed, settings)
+    curriculum = Curriculum(out, model, pool, valid_sets, test_sets, selector, frac, refresh_every, seed, settings)
     curriculum.open()
 
     targeted = [name for name in test_sets if name in valid_sets]
@@ -391,22 +406,34 @@ def stage_line(summary: dict, pool: list[dict], chosen: np.ndarray, column: str,
     names, counts = np.unique([str(pool[i].get(column, "all")) for i in chosen], return_counts=True)
     order = np.argsort(-counts, kind="stable")
     groups = ", ".join(f"{names[j]} {counts[j] / len(chosen):.0%}" for j in order[:most])
-    live = "" if summary["live_prompts"] is None else f"{summary['live_prompts']} live prompts, "
+    rolled = f"rollouts {summary['seconds_rollout']:.1f} s, " if "seconds_rollout" in summary else ""
     return (
-        f"{live}{len(chosen)} chosen ({groups}{' ...' if len(names) > most else ''}), reward {summary['reward']:.3f}; "
+        f"{len(chosen)} chosen ({groups}{' ...' if len(names) > most else ''}), reward {summary['reward']:.3f}; "
         f"{accuracies(summary)}; "
-        f"scoring {summary['seconds_scoring']:.1f} s, training {summary['seconds_training']:.1f} s"
+        f"{rolled}scoring {summary['seconds_scoring']:.1f} s, training {summary['seconds_training']:.1f} s"
     )
 
 
 def print_table(summaries: list[dict], targeted: list[str]) -> None:
-    columns = ["stage", "steps", "chosen", "reward", *summaries[0]["accuracy"], "targeted", "score s", "train s"]
+    columns = [
+        "stage",
+        "steps",
+        "chosen",
+        "reward",
+        *summaries[0]["accuracy"],
+        "targeted",
+        "roll s",
+        "score s",
+        "train s",
+    ]
     print("\n" + "  ".join(f"{name:>6}" for name in columns))
     for s in summaries:
         mean = float(np.mean([s["accuracy"][name] for name in targeted])) if targeted else ""
         cells = [s["stage"], s["steps"], s.get("chosen", ""), s.get("reward", ""), *s["accuracy"].values(), mean]
         texts = [f"{cell:.3f}" if isinstance(cell, float) else str(cell) for cell in cells]
-        texts += [f"{s[name]:.1f}" if name in s else "" for name in ("seconds_scoring", "seconds_training")]
+        texts += [
+            f"{s[name]:.1f}" if name in s else "" for name in ("seconds_rollout", "seconds_scoring", "seconds_training")
+        ]
         print("  ".join(f"{text:>{max(6, len(name))}}" for text, name in zip(texts, columns, strict=True)))
 
 

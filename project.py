@@ -6,45 +6,61 @@
 Reads   the current model θ and a trajectory file, whose trajectories the behavior policy β sampled.
 Writes  one row per live prompt (one whose rewards differ; all other gradients are exactly 0):
 
-    sketch       float32 (N,k)  g̃(x;θ), equation 3
-    prompt_index int32   (N,)   row of the data file that the trajectories belong to
-    grad_norm    float32 (N,)   ‖g̃‖/√r, which estimates ‖ĝ‖
-    pass_rate    float32 (N,)   mean reward under β
-    ess          float32 (N,)   effective sample size of the ratios, (Σρ)²/(nΣρ²) over the prompt's n tokens, in (0, 1]
+    sketch         float32 (N,k)  g̃(x;θ), equation 3
+    prompt_index   int32   (N,)   row of the data file that the trajectories belong to
+    grad_norm      float32 (N,)   ‖g̃‖, which estimates ‖ĝ‖
+    pass_rate      float32 (N,)   mean reward under β
+    ess            float32 (N,)   effective sample size of the prompt's n tokens: (Σρ)²/(nΣρ²), in (0, 1]
+    ess_trajectory float32 (N,)   the same of its K trajectories, with the products Π_t ρ_t
+    half_sketch    float32 (H,k)  g̃ from the first half of the trajectories, for some of the prompts:
+    half_index     int32   (H,)   their rows of the data file. How far the halves agree says how far to trust the ranks.
 
 For prompt x with K trajectories τ_k ~ β, tokens a_kt and histories h_kt, the gradient is that of the objective in
 `train.py` without clipping, with the stored trajectories in place of fresh ones:
 
-    ĝ(x;θ) = 1/K Σ_k 1/|τ_k| Σ_t ρ_kt Â_k ∇log π_θ(a_kt|h_kt),    ρ_kt = π_θ(a_kt|h_kt) / β(a_kt|h_kt)           (2)
+    ĝ(x;θ) = 1/K Σ_k 1/|τ_k| Σ_t w_kt Â_k ∇log π_θ(a_kt|h_kt)                                                  (2)
     g̃(x;θ) = P M ĝ(x;θ)                                                                                       (3)
 
-M keeps every coordinate with probability r, independently. P (k × d) has a single ±1 per column: kept coordinate j is
-added to bucket b(j) with sign s(j). Then E⟨g̃, g̃'⟩ = r⟨ĝ, ĝ'⟩, and a common factor changes no cosine.
+With ρ_kt = π_θ(a_kt|h_kt) / β(a_kt|h_kt), `--ratio` sets the weight w_kt, and `--cap` an upper bound on it:
+
+    none 1       token ρ_kt (the paper's)       prefix Π_{s<=t} ρ_ks       sequence Π_s ρ_ks
+
+M keeps each coordinate of a parameter tensor with d coordinates with probability p = min(1, n/d), and divides it by √p;
+n is such that a share r of all coordinates is kept. P (k × all coordinates) has a single ±1 per column. A tensor's
+coordinates go to the k buckets in laps: k consecutive ones to k different buckets, each lap turned by a random shift,
+so that coordinates of one lap never meet, and any two others do with probability 1/k. Then E⟨g̃, g̃'⟩ = ⟨ĝ, ĝ'⟩, and
+
+    Var⟨g̃, g̃'⟩ = Σ_j (1/p_j - 1) g_j² g'_j²  +  1/k Σ_{i<j of different laps} (g_i g'_j + g_j g'_i)²
+
+The second sum is that of Weinberger et al., Feature Hashing for Large Scale Multitask Learning (2009), lemma 2, which
+has all pairs.
 
 How many prompts share a batch though each needs a gradient of its own: the weight gradient of a linear layer
 y = Wa + b is Σ_t δ_t a_tᵀ (and Σ_t δ_t for the bias), a sum over tokens of the layer's input a_t and the objective's
-gradient δ_t at its output. Hooks catch both for the whole batch, and one batched matrix product sums them prompt by
-prompt, (P, O, T) x (P, T, I) -> (P, O, I). The weights are frozen, so that product replaces the one with which autograd
-would have made the summed weight gradient, and a gradient per prompt costs little more than the backward pass it rides
-on (`bench/speed.py`).
+gradient δ_t at its output; that of an embedding is Σ_t δ_t in the row of token t. Hooks catch both for the whole batch,
+and one batched matrix product sums them prompt by prompt, (P, O, T) x (P, T, I) -> (P, O, I). The weights are frozen,
+so that product replaces the one with which autograd would have made the summed weight gradient, and a gradient per
+prompt costs little more than the backward pass it rides on (`bench/speed.py`).
 
-What is covered: weights and biases of every nn.Linear. The token embedding and the norms' gains are left out: 1.4% of
-the toy's parameters, and their gradients are no products of this kind. A head tied to the embedding is covered as a
-head. A model with other weight matrices (fused experts, convolutions) is refused.
+What is covered: every nn.Linear and nn.Embedding. The norms' gains are left out. A model with other weight matrices
+(fused experts, convolutions) is refused.
+
+Measured (`bench/projection.py`, docs/projection.json): @@MEASURED@@
 
 Deviations:
  1. The paper's P is dense. One ±1 per column costs O(d) instead of O(dk) with the same expectation.
- 2. Buckets are dealt: the kept coordinates of a weight are put in random order and go to the buckets one after the
-    other, from a random one on. So every bucket is as likely as any other; two coordinates of different weights meet
-    with probability 1/k, as with independent hashing; two of the same meet less often, or never while there are no more
-    than k. Dealing needs no table of buckets and adds to contiguous memory, where a scatter jumps.
- 3. k is 4096 by default (paper: 32768), enough for the toy.
- 4. The released code keeps the first coordinates it comes to. Ours are random over all that is covered.
+ 2. The paper keeps a share r of 0.1. Here a kept coordinate costs nothing, so r is 1 by default: M is the identity.
+ 3. Below r = 1 every tensor keeps the same number n of coordinates (or all it has) instead of the same share: tensors
+    have gradients of like norm, however large they are, so the few coordinates of a small one matter more.
+ 4. k is 4096 by default (paper: 32768), enough for the toy.
+ 5. The released code keeps the first coordinates it comes to. Ours are random over all that is covered.
 """
 
+import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
@@ -67,44 +83,105 @@ from rollout import (
     require,
     save_rows,
 )
-from train import Batch, collate, completion_logps, micro_batches, policy_objective, sequence_mean
+from train import Batch, collate, completion_logps, k3_kl, micro_batches, sequence_mean
+
+RATIOS = ("token", "none", "prefix", "sequence")
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The objective
+
+
+def importance_weights(
+    logps: torch.Tensor, behavior_logps: torch.Tensor, ratio: str, cap: float | None = None
+) -> torch.Tensor:
+    """w_kt of equation 2, without a gradient: (B, C) log-probs, 0 at padding -> (B, C).
+
+    >>> pi, beta = torch.tensor([[0.5, 0.5, 0.3]]).log(), torch.tensor([[0.25, 0.5, 0.6]]).log()  # ρ = 2, 1, 1/2
+    >>> torch.cat([importance_weights(pi, beta, ratio) for ratio in ("none", "token", "prefix", "sequence")])
+    tensor([[1.0000, 1.0000, 1.0000],
+            [2.0000, 1.0000, 0.5000],
+            [2.0000, 2.0000, 1.0000],
+            [1.0000, 1.0000, 1.0000]])
+    """
+    log_ratio = (logps - behavior_logps).detach()
+    log_weight = {
+        "none": torch.zeros_like,
+        "token": lambda x: x,
+        "prefix": lambda x: x.cumsum(1),
+        "sequence": lambda x: x.sum(1, keepdim=True).expand_as(x),
+    }[ratio](log_ratio)
+    return log_weight.exp() if cap is None else log_weight.exp().clamp(max=cap)
+
+
+def off_policy_objective(logps: torch.Tensor, batch: Batch, ratio: str, cap: float | None = None) -> torch.Tensor:
+    """What ĝ (2) is the gradient of, for each prompt: (P*K, C) -> (P,). Its value means nothing."""
+    weights = importance_weights(logps, batch.behavior_logps, ratio, cap)
+    value = weights * batch.advantages[:, None] * logps
+    return sequence_mean(value, batch.mask).view(len(batch.prompt_ids), -1).mean(1)  # (P*K,) -> (P, K) -> (P,)
+
+
+def effective_sample_size(log_weights: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Kish's (Σw)²/(nΣw²), over the n weights of each row where the mask is 1: (P, .) -> (P,), in (0, 1].
+
+    >>> effective_sample_size(torch.tensor([[1.0, 1.0, 2.0, 9.0]]).log(), torch.tensor([[1, 1, 1, 0]]))  # 4² / (3·6)
+    tensor([0.8889])
+    """
+    log_weights = log_weights.masked_fill(mask == 0, -math.inf)
+    weights = (log_weights - log_weights.amax(1, keepdim=True)).exp()  # a common factor changes nothing
+    return weights.sum(1) ** 2 / (mask.sum(1) * (weights**2).sum(1))
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The projection
 
 
+def keep_probability(sizes: dict[str, int], sparse_ratio: float) -> dict[str, float]:
+    """p = min(1, n/d) for tensors of d coordinates, with n such that a share `sparse_ratio` of all is kept.
+
+    >>> keep_probability({"bias": 10, "small": 100, "large": 890}, 0.31)  # 310 of 1000: 10 + 100 + 200
+    {'bias': 1.0, 'small': 1.0, 'large': 0.2247...}
+    """
+    total = sparse_ratio * sum(sizes.values())
+    n, left = 0.0, len(sizes)
+    for size in sorted(
+        sizes.values()
+    ):  # the small ones are kept whole, while an even share of what is left exceeds them
+        n = total / left
+        if size >= n:
+            break
+        total, left = total - size, left - 1
+    return {name: min(1.0, n / size) for name, size in sizes.items()}
+
+
 class SparseProjection:
-    """P M of equation 3, for parameters that are visited block by block.
+    """P M of equation 3, for parameters that are visited tensor by tensor.
 
     Args:
-        sizes: number of coordinates of each block (a weight or a bias).
+        keep: probability with which a coordinate of each tensor is kept.
         k: buckets.
-        sparse_ratio: r, the probability with which a coordinate is kept.
         seed: draws M and P; the same on every device.
     """
 
-    def __init__(self, sizes: dict[str, int], k: int, sparse_ratio: float, seed: int, device: torch.device):
+    def __init__(self, sizes: dict[str, int], keep: dict[str, float], k: int, seed: int, device: torch.device):
         self.k = k
         generator = torch.Generator().manual_seed(seed)
-        # block -> (its kept coordinates in dealing order, their signs, the bucket of the first one)
-        self.blocks: dict[str, tuple[torch.Tensor, torch.Tensor, int]] = {}
+        # name -> (±1 for each coordinate, 0 where it is dropped; 1/√p; the shift of each lap)
+        self.blocks: dict[str, tuple[torch.Tensor, float, list[int]]] = {}
         for name, size in sizes.items():
-            kept = (torch.rand(size, generator=generator) < sparse_ratio).nonzero()[:, 0]
-            kept = kept[torch.randperm(len(kept), generator=generator)]
-            sign = torch.randint(0, 2, (len(kept),), generator=generator) * 2.0 - 1.0
-            first = int(torch.randint(0, k, (), generator=generator))
-            self.blocks[name] = (kept.int().to(device), sign.to(device), first)
-        self.coordinates = sum(len(kept) for kept, _, _ in self.blocks.values())
+            sign = torch.randint(0, 2, (size,), generator=generator, dtype=torch.int8) * 2 - 1
+            sign *= torch.rand(size, generator=generator) < keep[name]
+            shifts = torch.randint(0, k, (math.ceil(size / k),), generator=generator)
+            self.blocks[name] = (sign.to(device), keep[name] ** -0.5, shifts.tolist())
+        self.coordinates = sum(int(sign.count_nonzero()) for sign, _, _ in self.blocks.values())
 
     def add(self, sketch: torch.Tensor, name: str, gradient: torch.Tensor) -> None:
-        """Add block `name` of P gradients, (P, d_block), to their sketches, (P, k) float32, in place."""
-        kept, sign, bucket = self.blocks[name]
-        values = gradient.index_select(1, kept)  # (P, d_block) -> (P, n)
-        start = 0
-        while start < len(kept):  # deal until the block is empty; past the last bucket comes the first
-            stop = min(start + self.k - bucket, len(kept))
-            sketch[:, bucket : bucket + stop - start].addcmul_(values[:, start:stop], sign[start:stop])
-            start, bucket = stop, 0
+        """Add P gradients (P, d) of tensor `name` to their sketches (P, k) float32; overwrites the gradients."""
+        sign, scale, shifts = self.blocks[name]
+        gradient.mul_(sign)
+        for lap, shift in zip(gradient.split(self.k, 1), shifts, strict=True):  # (P, k), the last one narrower
+            before, after = lap[:, : self.k - shift], lap[:, self.k - shift :]  # past the last bucket comes the first
+            sketch[:, shift : shift + before.shape[1]].add_(before, alpha=scale)
+            sketch[:, : after.shape[1]].add_(after, alpha=scale)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -115,71 +192,100 @@ class GradientSketcher:
     """Sketches of ĝ(x;θ), equations 2 and 3, for batches of prompts. Freezes the model's weights and hooks its layers.
 
     Raises:
-        BadInput: the model has weight matrices outside nn.Linear and its embeddings.
+        BadInput: the model has weight matrices outside nn.Linear and nn.Embedding.
     """
 
     MATRIX_ELEMENTS = 1 << 20  # of per-prompt weight gradients held at a time (or those of one prompt)
 
-    def __init__(self, model: PreTrainedModel, k: int, sparse_ratio: float, seed: int):
-        self.model = model.requires_grad_(False)
-        self.linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-        known = {id(module.weight) for module in model.modules() if isinstance(module, nn.Linear | nn.Embedding)}
-        others = [name for name, weight in model.named_parameters() if weight.ndim > 1 and id(weight) not in known]
-        require(not others, f"no gradients per prompt for {', '.join(others[:3])}: only nn.Linear layers are covered")
-        sizes = {}
-        for name, module in self.linears.items():
-            sizes[f"{name}.weight"] = module.weight.numel()
-            if module.bias is not None:
-                sizes[f"{name}.bias"] = module.bias.numel()
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        k: int,
+        sparse_ratio: float,
+        seed: int,
+        ratio: str = "token",
+        cap: float | None = None,
+    ):
+        self.model, self.ratio, self.cap = model.requires_grad_(False), ratio, cap
+        names = {id(parameter): name for name, parameter in model.named_parameters()}  # a tied weight has one name
+        layers = [module for module in model.modules() if isinstance(module, nn.Linear | nn.Embedding)]
+        self.weights = {names[id(module.weight)]: module.weight for module in layers}
+        self.biases = {
+            names[id(module.bias)]: module.bias for module in layers if getattr(module, "bias", None) is not None
+        }
+        others = [name for name, p in model.named_parameters() if p.ndim > 1 and name not in self.weights]
+        require(not others, f"no gradients per prompt for {', '.join(others[:3])}: only nn.Linear and nn.Embedding are")
+        sizes = {name: parameter.numel() for name, parameter in (self.weights | self.biases).items()}
         self.covered = sum(sizes.values())
-        self.projection = SparseProjection(sizes, k, sparse_ratio, seed, model.device)
+        self.projection = SparseProjection(sizes, keep_probability(sizes, sparse_ratio), k, seed, model.device)
         # Per-prompt weight gradients are made here, some prompts at a time; fresh memory each time takes longer.
-        largest = max(module.weight.numel() for module in self.linears.values())
+        largest = max(weight.numel() for weight in self.weights.values())
         self.workspace = torch.empty(max(largest, self.MATRIX_ELEMENTS), device=model.device)
-        # (input a, output gradient δ) of each call of each layer; the prompt and its completions are two calls
+        # weight or bias -> (the layer's input, output gradient δ) of each call; a prompt and its completions are two
         self.caught: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {}
-        for name, module in self.linears.items():
-            module.register_forward_hook(self._catch(name))
+        for module in layers:
+            module.register_forward_hook(self._catch([names[id(p)] for p in module.parameters()]))
 
-    def _catch(self, name: str) -> Callable:
+    def _catch(self, names: list[str]) -> Callable:
         def forward_hook(module: nn.Module, inputs: tuple, output: torch.Tensor) -> None:
-            activation = inputs[0].detach()
-            output.requires_grad_()  # with frozen weights, nothing before the first linear layers would need a gradient
-            output.register_hook(lambda delta: self.caught.setdefault(name, []).append((activation, delta)))
+            taken = inputs[0].detach()  # activations, or an embedding's token ids
+            output.requires_grad_()  # with frozen weights, nothing before the first layers would need a gradient
+
+            def backward_hook(delta: torch.Tensor) -> None:
+                if getattr(module, "padding_idx", None) is not None:  # the row that is never trained
+                    delta = delta * (taken != module.padding_idx)[..., None]
+                for name in names:
+                    self.caught.setdefault(name, []).append((taken, delta))
+
+            output.register_hook(backward_hook)
 
         return forward_hook
 
     def sketch(self, batch: Batch, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
-        """g̃(x;θ) of the batch's P prompts, (P, k) float32, and the ratios ρ of their tokens, (P*K, C)."""
+        """g̃(x;θ) of the batch's P prompts, (P, k) float32, and log π_θ of its tokens, (P*K, C)."""
         prompts = len(batch.prompt_ids)
         _, logps = completion_logps(self.model, batch, temperature)
-        objective = policy_objective(logps, batch.behavior_logps, batch.advantages, clip=None)
-        # (P*K, C) -> (P*K,) -> (P,), then a sum: prompts do not meet in the network, so δ of each stays its own
-        sequence_mean(objective, batch.mask).view(prompts, -1).mean(1).sum().backward()
+        # A sum over prompts: they do not meet in the network, so δ of each stays its own.
+        off_policy_objective(logps, batch, self.ratio, self.cap).sum().backward()
         sketch = torch.zeros(prompts, self.projection.k, device=logps.device)
         for name, calls in self.caught.items():
             # (P, L, .) of the prompt and (P*K, C-1, .) of the completions -> (P, T, .) with T = L or K(C-1)
-            layout = all(a.ndim == 3 and len(a) in (prompts, len(batch.mask)) for a, _ in calls)
-            require(layout, f"layer {name} does not see its tokens prompt by prompt; this kind of model is not covered")
-            calls = [tuple(x.reshape(prompts, -1, x.shape[-1]) for x in call) for call in calls]
-            weight, bias = self.linears[name].weight, self.linears[name].bias
-            step = max(1, self.MATRIX_ELEMENTS // weight.numel())
-            for some in (slice(start, start + step) for start in range(0, prompts, step)):
-                rows = len(sketch[some])
-                gradient = self.workspace[: rows * weight.numel()].view(rows, *weight.shape)  # (P, O, I)
-                for number, (activation, delta) in enumerate(calls):  # (P, O, T) x (P, T, I), summed over the calls
-                    gradient.baddbmm_(delta[some].mT, activation[some], beta=float(number > 0))
-                self.projection.add(sketch[some], f"{name}.weight", gradient.flatten(1))
-            if bias is not None:
-                self.projection.add(sketch, f"{name}.bias", sum(delta.sum(1) for _, delta in calls))
+            layout = all(delta.ndim == 3 and len(delta) in (prompts, len(batch.mask)) for _, delta in calls)
+            require(layout, f"{name} does not see its tokens prompt by prompt; this kind of model is not covered")
+            calls = [[x.reshape(prompts, -1, *x.shape[2:]) for x in call] for call in calls]
+            if name in self.biases:
+                self.projection.add(sketch, name, sum(delta.sum(1) for _, delta in calls))
+                continue
+            step = max(1, self.MATRIX_ELEMENTS // self.weights[name].numel())
+            for start in range(0, prompts, step):
+                some = slice(start, start + step)
+                gradient = self._weight_gradient(self.weights[name], [(a[some], delta[some]) for a, delta in calls])
+                self.projection.add(sketch[some], name, gradient.flatten(1))
         self.caught.clear()
-        return sketch, (logps.detach() - batch.behavior_logps).exp()
+        return sketch, logps.detach()
+
+    def _weight_gradient(self, weight: torch.Tensor, calls: list[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
+        """Prompt by prompt, summed over the calls: (P, O, I) of a linear layer, (P, V, H) of an embedding."""
+        prompts = len(calls[0][0])
+        gradient = self.workspace[: prompts * weight.numel()].view(prompts, *weight.shape)
+        for number, (taken, delta) in enumerate(calls):
+            if taken.is_floating_point():  # (P, O, T) x (P, T, I); with beta = 0 what stood there is ignored
+                gradient.baddbmm_(delta.mT, taken, beta=float(number > 0))
+            else:  # token ids (P, T), δ (P, T, H)
+                gradient = gradient if number else gradient.zero_()
+                row = taken + len(weight) * torch.arange(prompts, device=taken.device)[:, None]
+                gradient.flatten(0, 1).index_add_(0, row.flatten(), delta.flatten(0, 1))
+        return gradient
 
 
-def effective_sample_size(ratio: torch.Tensor, mask: torch.Tensor, prompts: int) -> torch.Tensor:
-    """(Σρ)²/(nΣρ²) over the n tokens of each prompt's completions: (P*K, C) -> (P,)."""
-    ratio, mask = (ratio * mask).view(prompts, -1), mask.view(prompts, -1)
-    return ratio.sum(1) ** 2 / (mask.sum(1) * (ratio**2).sum(1))
+def split_groups(batch: Batch, parts: int) -> Batch:
+    """P groups of K trajectories as P*parts groups of K/parts, their advantages as they were; (P*K, .) stays."""
+    return replace(
+        batch,
+        prompt_index=[i for i in batch.prompt_index for _ in range(parts)],
+        prompt_ids=batch.prompt_ids.repeat_interleave(parts, 0),
+        prompt_mask=batch.prompt_mask.repeat_interleave(parts, 0),
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -193,13 +299,22 @@ def project(
     trajectories: Annotated[Path, typer.Option(help="Trajectory file that rollout.py wrote.")],
     out: Annotated[Path, typer.Option(help="Gradient file to write.")],
     model: Annotated[Path, typer.Option(help="Model folder of the current policy.")] = TOY / "model",
+    ratio: Annotated[
+        Literal[RATIOS], typer.Option(help="Importance weight of a token; token is the paper's.")
+    ] = "token",
+    cap: Annotated[
+        float | None, typer.Option(callback=above_zero, help="Upper bound on these weights.  [default: none]")
+    ] = None,
     k: Annotated[int, typer.Option(min=1, help="Dimensions of the sketch; the paper's is 32768.")] = 4096,
     sparse_ratio: Annotated[
         float, typer.Option(callback=above_zero, max=1, help="r, the share of gradient coordinates kept.")
-    ] = 0.1,
-    batch_tokens: BatchTokens = 2048,
+    ] = 1.0,
+    halves: Annotated[
+        int, typer.Option(min=0, help="Prompts whose trajectories are also sketched half by half, as a check.")
+    ] = 256,
+    batch_tokens: BatchTokens = 4096,
     seed: Annotated[int, typer.Option(min=0, help="Of the projection; all files of one selection need the same.")] = 0,
-) -> int:
+) -> dict[str, float]:
     check_out(out, trajectories, model)
     stored = open_trajectories(trajectories)
     live = stored.live_groups()
@@ -212,44 +327,72 @@ def project(
         stored.metadata["model"] in lineage(policy, model),
         f"{trajectories} was sampled by another model than {model} or those it was trained from; run rollout.py again",
     )
-    sketcher = GradientSketcher(policy, k, sparse_ratio, seed)
+    sketcher = GradientSketcher(policy, k, sparse_ratio, seed, ratio, cap)
     tqdm.write(
         f"{trajectories}: {len(live)} live prompts of {stored.metadata['prompts']}; "
         f"{sketcher.projection.coordinates:,} of {sketcher.covered:,} covered coordinates kept "
         f"({policy.num_parameters():,} parameters) -> k = {k:,}; {len(live) * k * 4 / 1e6:.1f} MB"
     )
     temperature = stored.metadata["options"]["temperature"]
+    options = {"k": k, "sparse_ratio": sparse_ratio, "seed": seed, "ratio": ratio, "cap": cap}
     metadata = {
         "model": digest(model),
         "trajectories": digest(trajectories),
         "data": stored.metadata["data"],
         "prompts": stored.metadata["prompts"],
-        "options": {"k": k, "sparse_ratio": sparse_ratio, "seed": seed, "temperature": temperature},
+        "options": options | {"temperature": temperature},
     }
+    even = stored.metadata["options"]["samples"] % 2 == 0  # an odd number of trajectories has no halves
+    halved = set(np.random.default_rng(seed).permutation(list(live))[: halves if even else 0].tolist())
     order: list[int] = []
-    norms, ess, columns = [], [], {}
+    half_sketches, rows = [torch.zeros(0, k)], {name: [] for name in ("grad_norm", "ess", "ess_trajectory")}
+    sums = dict.fromkeys(("tokens", "kl", "change"), 0.0)
+    largest, columns = 0.0, {}
     with (
         save_rows(out, "gradients", "sketch", (len(live), k), columns, metadata) as write,
         tqdm(total=len(live), desc=f"project {trajectories.stem}", unit="prompt", leave=False, disable=None) as bar,
     ):
-        for groups in micro_batches(stored, live, batch_tokens):
-            batch = collate(stored, groups, policy.device)
-            sketch, ratio = sketcher.sketch(batch, temperature)
-            norm = sketch.norm(dim=1) / sparse_ratio**0.5
-            bad = [i for i, ok in zip(batch.prompt_index, torch.isfinite(norm).tolist(), strict=True) if not ok]
-            require(not bad, f"gradient is not finite at prompt {', '.join(map(str, bad))} of {trajectories}")
-            write(sketch.cpu().numpy())
-            order += batch.prompt_index
-            norms.append(norm.cpu())
-            ess.append(effective_sample_size(ratio, batch.mask, len(groups)).cpu())
-            bar.update(len(groups))
-        columns["prompt_index"] = np.array(order, np.int32)
-        columns["grad_norm"] = torch.cat(norms).numpy()
+        for parts in (2, 1):
+            some = {i: group for i, group in live.items() if (i in halved) == (parts == 2)}
+            for groups in micro_batches(stored, some, batch_tokens):
+                batch = collate(stored, groups, policy.device)
+                sketch, logps = sketcher.sketch(split_groups(batch, parts), temperature)
+                sketch = sketch.view(len(groups), parts, k)
+                if parts == 2:
+                    half_sketches.append(sketch[:, 0].cpu())
+                sketch = sketch.mean(1)  # the gradient is the mean over trajectories, so over halves
+                norm = sketch.norm(dim=1)
+                bad = [i for i, ok in zip(batch.prompt_index, torch.isfinite(norm).tolist(), strict=True) if not ok]
+                require(not bad, f"gradient is not finite at prompt {', '.join(map(str, bad))} of {trajectories}")
+                write(sketch.cpu().numpy())
+                order += batch.prompt_index
+                log_ratio = logps - batch.behavior_logps  # (P*K, C), 0 at padding
+                by_token, by_trajectory = (x.view(len(groups), -1) for x in (log_ratio, log_ratio.sum(1)))
+                rows["grad_norm"].append(norm.cpu())
+                rows["ess"].append(effective_sample_size(by_token, batch.mask.view_as(by_token)).cpu())
+                rows["ess_trajectory"].append(
+                    effective_sample_size(by_trajectory, torch.ones_like(by_trajectory)).cpu()
+                )
+                sums["tokens"] += batch.mask.sum().item()
+                sums["kl"] += k3_kl(batch.behavior_logps, logps).sum().item()  # the tokens are β's: KL(β‖π)
+                sums["change"] += log_ratio.abs().sum().item()
+                largest = max(largest, log_ratio.abs().max().item())
+                bar.update(len(groups))
         rates = stored.pass_rates()
+        columns |= {name: torch.cat(values).numpy() for name, values in rows.items()}
+        columns["prompt_index"] = np.array(order, np.int32)
         columns["pass_rate"] = np.array([rates[i] for i in order], np.float32)
-        columns["ess"] = torch.cat(ess).numpy()
-    tqdm.write(f"{out}: effective sample size {columns['ess'].mean():.2f} of 1")
-    return len(live)
+        columns["half_sketch"] = torch.cat(half_sketches).numpy()
+        columns["half_index"] = columns["prompt_index"][: len(columns["half_sketch"])]
+        metadata["diagnostics"] = {
+            "live_prompts": len(live),
+            "token_kl": max(0.0, sums["kl"] / sums["tokens"]),
+            "mean_change": sums["change"] / sums["tokens"],
+            "largest_change": largest,
+            "ess_token": float(columns["ess"].mean()),
+            "ess_trajectory": float(columns["ess_trajectory"].mean()),
+        }
+    return metadata["diagnostics"]
 
 
 if __name__ == "__main__":

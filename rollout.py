@@ -83,9 +83,9 @@ def new_app(**options) -> typer.Typer:
     return typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None, **options)
 
 
-def above_zero(value: float) -> float:
+def above_zero(value: float | None) -> float | None:
     """Check of an option, where typer's own `min` would let 0 through."""
-    if not value > 0:
+    if value is not None and not value > 0:
         raise typer.BadParameter(f"{value} is not above 0")
     return value
 

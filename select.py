@@ -116,29 +116,98 @@ def reciprocal_rank_fusion(rank_by_set: np.ndarray, top: int) -> np.ndarray:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Diagnostics: is the ranking more than noise, and what else does it resemble?
+
+
+def overlap(one: np.ndarray, other: np.ndarray) -> float:
+    """Share of the first array's elements that are in the second.
+
+    >>> overlap(np.array([3, 1, 4, 5]), np.array([5, 9, 2, 4]))
+    0.5
+    """
+    return float(np.isin(one, other).mean())
+
+
+def top_overlap(one: np.ndarray, other: np.ndarray, share: float = 0.1) -> float:
+    """Overlap of the best `share` of N prompts in two tables of scores (N, V), mean over the V sets."""
+    top = max(1, round(share * len(one)))
+    best = [np.argsort(-scores, axis=0, kind="stable")[:top] for scores in (one, other)]
+    return float(np.mean([overlap(a, b) for a, b in zip(best[0].T, best[1].T, strict=True)]))
+
+
+def split_half(train: dict[str, np.ndarray], directions: np.ndarray) -> dict[str, float]:
+    """Agreement of two rankings from separate halves of the data: of the trajectories of some H training prompts, and
+    of the prompts of each validation set, whose mean sketches are `directions` (V, 2, k).
+
+    `noise` is the standard deviation of a cosine over draws of the trajectories: from all of them it has half the
+    variance that it has from one half, and the difference of two halves has twice that.
+    """
+    if len(train["half_sketch"]) < 20:
+        return {}
+    row = {i: row for row, i in enumerate(train["prompt_index"].tolist())}
+    whole = train["sketch"][[row[i] for i in train["half_index"].tolist()]]  # (H, k)
+    first = cosines(train["half_sketch"], directions[:, 0])  # (H, V)
+    second = cosines(2 * whole - train["half_sketch"], directions[:, 1])
+    return {"split_half": top_overlap(first, second), "noise": float((first - second).std(0).mean() / 2)}
+
+
+def margin(score_by_set: np.ndarray, top: int) -> dict[str, float]:
+    """How much the last cosine (N, V) above the cut exceeds the first below it, mean over the sets."""
+    if len(score_by_set) <= top:
+        return {}  # all are chosen
+    ordered = -np.sort(-score_by_set, axis=0)
+    return {"margin": float((ordered[top - 1] - ordered[top]).mean())}
+
+
+def sentence(diagnostics: dict[str, float], chance: float) -> str:
+    """The diagnostics as one line; `chance` is the overlap of a random choice from the live prompts."""
+    parts = {
+        "live_prompts": "{} live prompts",
+        "token_kl": "KL(β‖π) {:.3f} a token",
+        "mean_change": "log-probs moved by {:.2f}",
+        "largest_change": "at most {:.1f}",
+        "ess_token": "effective sample size {:.2f} of tokens",
+        "ess_trajectory": "{:.2f} of trajectories",
+        "split_half": "split-half top 10% {:.2f} (chance 0.10)",
+        "margin": "margin at the cut {:.4f}",
+        "noise": "noise {:.3f}",
+        "overlap_previous": f"overlap with the stage before {{:.2f}} (chance {chance:.2f})",
+        "overlap_learnability": f"with the p(1-p) pick {{:.2f}} (chance {chance:.2f})",
+        "length_correlation": "correlation with answer length {:+.2f}",
+    }
+    return ", ".join(text.format(diagnostics[name]) for name, text in parts.items() if name in diagnostics)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # The methods
 
 
 def by_influence(
     gradients: Path, valid_gradients: list[Path], sources: dict, top: int
 ) -> tuple[dict[str, np.ndarray], dict]:
-    """All candidates, best first, with the tensors of a selection file; the metadata of the training gradients."""
+    """All candidates, best first, with the tensors of a selection file; the metadata of the training gradients.
+
+    To the diagnostics of `project.py` in the metadata come those of the scores.
+    """
     train, metadata = open_tensors(gradients, "gradients")
     same = metadata["trajectories"] == sources["trajectories"]
     require(same, f"{gradients} was made from other trajectories than those given; run project.py again")
-    directions = []
+    directions, halves = [], []
     for path in valid_gradients:
         valid, found = open_tensors(path, "gradients")
         for key, thing in (("model", "model"), ("options", "projection")):
             same = found[key] == metadata[key]
             require(same, f"{path} was made with another {thing} than {gradients}; run project.py again for both")
         directions.append(mean_sketch(valid["sketch"]))
+        last = len(valid["sketch"]) - 1
+        halves.append([mean_sketch(valid["sketch"][min(start, last) :: 2]) for start in (0, 1)])
     prompt_index = train["prompt_index"].astype(np.int64)
     by_index = np.argsort(prompt_index)  # file order is a matter of batching; the last tie-break is the index
     score_by_set = cosines(train["sketch"], np.stack(directions))[by_index]
     rank_by_set = ranks(score_by_set)
     score = reciprocal_rank_fusion(rank_by_set, top)
     order = np.lexsort((-score_by_set.mean(1), -score))  # by score, then by mean cosine
+    metadata["diagnostics"] |= margin(score_by_set, top) | split_half(train, np.array(halves))
     return {
         "ranked": prompt_index[by_index][order],
         "score": score[order],
@@ -172,11 +241,12 @@ def select(
     valid_gradients: Annotated[list[Path] | None, typer.Option(help="The same of a validation set; repeat.")] = None,
     method: Annotated[Literal[METHODS], typer.Option(help="How to choose.")] = "influence",
     frac: Annotated[float, typer.Option(callback=above_zero, max=1, help="Share of the pool to choose.")] = 0.1,
+    previous: Annotated[Path | None, typer.Option(help="Selection of the stage before, to compare with.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of the baselines' random order.")] = 0,
 ) -> np.ndarray:
     require(out.suffix != ".csv", f"--out {out}: name the safetensors file; the CSV goes beside it")
     for written in (out, out.with_suffix(".csv")):
-        check_out(written, data, trajectories, gradients, *(valid_gradients or []))
+        check_out(written, data, trajectories, gradients, previous, *(valid_gradients or []))
     rows = load_prompts(data)
     sources = {"data": digest(data)}
     rates = dict.fromkeys(range(len(rows)), float("nan"))  # unknown
@@ -188,13 +258,15 @@ def select(
         rates = stored.pass_rates()
     top = len(rows) if method == "full" else max(1, round(frac * len(rows)))
     names: list[str] = []
+    diagnostics: dict[str, float] = {}
+    pass_rate = np.array([rates[i] for i in range(len(rows))])
     if method == "influence":
         require(bool(gradients and valid_gradients), "influence needs --gradients and at least one --valid-gradients")
         table, metadata = by_influence(gradients, valid_gradients, sources, top)
-        sources["model"] = metadata["model"]
+        sources["model"], diagnostics = metadata["model"], metadata["diagnostics"]
         names = [path.stem.removeprefix("gradients-").removeprefix("valid-") for path in valid_gradients]
     else:
-        table = by_baseline(method, np.array([rates[i] for i in range(len(rows))]), seed)
+        table = by_baseline(method, pass_rate, seed)
     with whole_file(out.with_suffix(".csv")) as temporary, open(temporary, "w", newline="") as file:
         writer = csv.writer(file)
         by_set = [f"{column}_{name}" for name in names for column in ("cosine", "rank")]
@@ -209,9 +281,22 @@ def select(
             texts = rows[i]["prompt"], rows[i]["answer"]
             writer.writerow([place + 1, int(place < top), i, f"{rates[i]:.3f}", score, *sets, *texts])
     chosen = {name: np.ascontiguousarray(values[:top]) for name, values in table.items()}
+    if previous:
+        diagnostics["overlap_previous"] = overlap(chosen["ranked"], open_tensors(previous, "selection")[0]["ranked"])
+    if method == "influence":
+        learnable = by_baseline("learnability", pass_rate, seed)["ranked"][: len(chosen["ranked"])]
+        diagnostics["overlap_learnability"] = overlap(chosen["ranked"], learnable)
+        groups = stored.groups()
+        length = np.array([stored.completion_length[groups[i]].mean() for i in table["ranked"].tolist()])
+        if np.ptp(length) > 0:
+            correlation = np.corrcoef(table["score_by_set"].mean(1), length)[0, 1]
+            diagnostics["length_correlation"] = float(correlation)
     options = {"method": method, "frac": frac, "seed": seed, "sets": names}
-    save_tensors(out, "selection", chosen, sources | {"prompts": len(rows), "options": options})
+    metadata = sources | {"prompts": len(rows), "options": options, "diagnostics": diagnostics}
+    save_tensors(out, "selection", chosen, metadata)
     tqdm.write(f"{out}: {len(chosen['ranked'])} of {len(rows)} prompts by {method}")
+    if diagnostics:
+        tqdm.write(sentence(diagnostics, len(chosen["ranked"]) / len(table["ranked"])))
     return chosen["ranked"]
 
 

@@ -79,17 +79,16 @@ def group_advantages(rewards: torch.Tensor) -> torch.Tensor:
 
 
 def policy_objective(
-    logps: torch.Tensor, behavior_logps: torch.Tensor, advantages: torch.Tensor, clip: float | None
+    logps: torch.Tensor, behavior_logps: torch.Tensor, advantages: torch.Tensor, clip: float
 ) -> torch.Tensor:
-    """min(ρ Â, clip(ρ, 1-ε, 1+ε) Â) per token (6); with `clip=None` ρ Â, whose gradient is ρ Â ∇log π (2).
+    """min(ρ Â, clip(ρ, 1-ε, 1+ε) Â) per token (6). Its gradient, where nothing is clipped, is ρ Â ∇log π (2).
 
     Args:
         logps, behavior_logps: (B, C) log-probs of the tokens under π_θ and under the policy that sampled them.
         advantages: (B,).
     """
     ratio = torch.exp(logps - behavior_logps)
-    gain = ratio * advantages[:, None]
-    return gain if clip is None else torch.minimum(gain, ratio.clamp(1 - clip, 1 + clip) * advantages[:, None])
+    return torch.minimum(ratio * advantages[:, None], ratio.clamp(1 - clip, 1 + clip) * advantages[:, None])
 
 
 def k3_kl(logps: torch.Tensor, initial_logps: torch.Tensor) -> torch.Tensor:
@@ -320,6 +319,7 @@ def train(
                 "reward": float(trajectories.rewards.mean()),
                 "live_prompts": len(trajectories.live_groups()),
                 "prompts": len(picked),
+                "trajectories": len(trajectories.rewards),
                 "truncated": float(trajectories.truncated.mean()),
                 "completion_tokens": int(trajectories.logp_offsets[-1]),
                 **measured,

@@ -28,7 +28,7 @@ import torch  # noqa: E402
 
 import project  # noqa: E402
 import rollout  # noqa: E402
-from train import Batch, collate, completion_logps, micro_batches, policy_objective, sequence_mean  # noqa: E402
+from train import Batch, collate, completion_logps, micro_batches  # noqa: E402
 
 
 def repeated_logps(model, batch: Batch, temperature: float) -> torch.Tensor:
@@ -49,8 +49,7 @@ def plain(model, trajectories: Path, layout: str, batch_tokens: int) -> None:
     for groups in micro_batches(stored, stored.live_groups(), batch_tokens):
         batch = collate(stored, groups, model.device)
         logps = repeated_logps(model, batch, 1.0) if layout == "repeated" else completion_logps(model, batch, 1.0)[1]
-        objective = policy_objective(logps, batch.behavior_logps, batch.advantages, None)
-        sequence_mean(objective, batch.mask).sum().backward()
+        project.off_policy_objective(logps, batch, "token").sum().backward()
 
 
 def timed(work, *args, **options) -> float:

@@ -1,6 +1,7 @@
 """Sketches from the batched hooks against plain autograd, one prompt at a time."""
 
 import copy
+import doctest
 import subprocess
 import sys
 
@@ -14,31 +15,25 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 import project
 import rollout
 from project import GradientSketcher, SparseProjection
-from train import collate, micro_batches
+from train import Batch, collate, group_advantages, micro_batches
 
 K = 512
 
 
-def block_sizes(sketcher: GradientSketcher) -> dict[str, int]:
-    sizes = {f"{name}.weight": m.weight.numel() for name, m in sketcher.linears.items()}
-    return sizes | {f"{name}.bias": m.bias.numel() for name, m in sketcher.linears.items() if m.bias is not None}
-
-
-def dense_projection(projection: SparseProjection, sizes: dict[str, int]) -> dict[str, torch.Tensor]:
-    """P M as explicit matrices (k, d_block), from the description at the head of project.py."""
-    matrices = {}
-    for name, size in sizes.items():
-        kept, sign, first = projection.blocks[name]
-        matrices[name] = torch.zeros(projection.k, size)
-        for j, coordinate in enumerate(kept.tolist()):
-            matrices[name][(first + j) % projection.k, coordinate] = sign[j]
+def dense_projection(sketcher: GradientSketcher) -> dict[str, torch.Tensor]:
+    """P M as explicit matrices (k, d) for each parameter tensor, from the description at the head of project.py."""
+    matrices, k = {}, sketcher.projection.k
+    for name, (sign, scale, shifts) in sketcher.projection.blocks.items():
+        matrices[name] = torch.zeros(k, len(sign))
+        for j, value in enumerate(sign.tolist()):
+            matrices[name][(j + shifts[j // k]) % k, j] = value * scale
     return matrices
 
 
-def autograd_sketch(model, trajectories, rows, matrices) -> torch.Tensor:
+def autograd_sketch(model, trajectories, rows, matrices, ratio="token", advantage_rows=None) -> torch.Tensor:
     """P M ĝ of equation 2 for one prompt, trajectory by trajectory, by plain autograd."""
-    rewards = trajectories.rewards[rows].astype(np.float64)
-    advantages = (rewards - rewards.mean()) / (rewards.std(ddof=1) + 1e-6)
+    rewards = trajectories.rewards[rows if advantage_rows is None else advantage_rows].astype(np.float64)
+    advantages = (trajectories.rewards[rows] - rewards.mean()) / (rewards.std(ddof=1) + 1e-6)
     model = copy.deepcopy(model).requires_grad_(True)
     for m, advantage in zip(rows, advantages, strict=True):
         ids = torch.tensor(trajectories.tokens[trajectories.offsets[m] : trajectories.offsets[m + 1]].astype(np.int64))
@@ -47,14 +42,20 @@ def autograd_sketch(model, trajectories, rows, matrices) -> torch.Tensor:
         logps = logps.gather(1, ids[n:, None])[:, 0]
         behavior = trajectories.behavior_logps[trajectories.logp_offsets[m] : trajectories.logp_offsets[m + 1]]
         rho = (logps.detach() - torch.tensor(behavior)).exp()
-        (advantage * (rho * logps).mean() / len(rows)).backward()
+        weight = {
+            "none": 1.0,
+            "token": rho,
+            "prefix": torch.stack([rho[: t + 1].prod() for t in range(len(rho))]),
+            "sequence": rho.prod(),
+        }[ratio]
+        (advantage * (weight * logps).mean() / len(rows)).backward()
     parameters = dict(model.named_parameters())
     return sum(matrix @ parameters[name].grad.flatten() for name, matrix in matrices.items())
 
 
 @pytest.fixture(scope="module", params=["toy", "tied"])
 def case(request, moved):
-    """The moved toy model (biases, untied), and a small Llama (no biases, output head tied to the embedding)."""
+    """The moved toy model (biases, untied), and a small Llama (no biases, output head and embedding one weight)."""
     if request.param == "toy":
         return moved
     torch.manual_seed(0)
@@ -70,21 +71,85 @@ def case(request, moved):
     return LlamaForCausalLM(config).eval()
 
 
-def test_hooks_equal_autograd_prompt_by_prompt(case, ragged):
-    sketcher = GradientSketcher(copy.deepcopy(case), k=K, sparse_ratio=0.1, seed=1)
-    matrices = dense_projection(sketcher.projection, block_sizes(sketcher))
-    oracle = case
-    if case.config.tie_word_embeddings:  # the head's share of the tied gradient alone is covered
-        oracle = copy.deepcopy(case)
-        oracle.lm_head.weight = nn.Parameter(case.lm_head.weight.detach().clone())
+@pytest.mark.parametrize("sparse_ratio", [0.1, 1.0])
+def test_hooks_equal_autograd_prompt_by_prompt(case, ragged, sparse_ratio):
+    sketcher = GradientSketcher(copy.deepcopy(case), k=K, sparse_ratio=sparse_ratio, seed=1)
+    matrices = dense_projection(sketcher)
+    left_out = {name for name, _ in case.named_parameters()} - set(matrices)
+    assert all("norm" in name for name in left_out)
     live = list(ragged.live_groups().items())
     batch = collate(ragged, live, case.device)
     assert (batch.prompt_mask == 0).any() and (batch.mask == 0).any()
-    sketch, ratio = sketcher.sketch(batch, TEMPERATURE)
-    assert (ratio * batch.mask - batch.mask).abs().max() > 0.1  # π_θ ≠ β
+    sketch, logps = sketcher.sketch(batch, TEMPERATURE)
+    assert ((logps - batch.behavior_logps) * batch.mask).abs().max() > 0.1  # π_θ ≠ β
     for row, (_, rows) in enumerate(live):  # every position in the batch
-        expected = autograd_sketch(oracle, ragged, rows, matrices)
+        expected = autograd_sketch(case, ragged, rows, matrices)
         assert (sketch[row] - expected).norm() <= 1e-4 * expected.norm()
+
+
+@pytest.mark.parametrize("ratio", ["none", "prefix", "sequence"])
+def test_other_estimators_equal_autograd(moved, ragged, ratio):
+    live = list(ragged.live_groups().items())[:5]
+    batch = collate(ragged, live, moved.device)
+    token, _ = GradientSketcher(copy.deepcopy(moved), K, 1.0, seed=1).sketch(batch, TEMPERATURE)
+    sketcher = GradientSketcher(copy.deepcopy(moved), K, 1.0, seed=1, ratio=ratio)
+    sketch, _ = sketcher.sketch(batch, TEMPERATURE)
+    matrices = dense_projection(sketcher)
+    for row, (_, rows) in enumerate(live):
+        expected = autograd_sketch(moved, ragged, rows, matrices, ratio)
+        assert (sketch[row] - expected).norm() <= 1e-4 * expected.norm()
+    assert (token - sketch).norm() > 1e-2 * sketch.norm()  # another estimate than the default
+
+
+def test_estimators_agree_while_the_policy_is_still_beta(toy, ragged):
+    """The engine's log-probs aside: β's are computed here as π's are."""
+    batch = collate(ragged, list(ragged.live_groups().items()), toy[0].device)
+    sketcher = GradientSketcher(copy.deepcopy(toy[0]), K, 1.0, seed=1)
+    _, batch.behavior_logps = sketcher.sketch(batch, TEMPERATURE)
+    sketches = []
+    for sketcher.ratio in project.RATIOS:
+        sketches.append(sketcher.sketch(batch, TEMPERATURE)[0])
+        assert ((sketches[-1] - sketches[0]).norm(dim=1) <= 1e-6 * sketches[0].norm(dim=1)).all()
+    assert len(sketches) == 4
+
+
+def test_released_formula_by_hand():
+    """Two trajectories of 2 tokens and 1, rewards 1 and 0: token ratio, group mean and standard deviation, mean over
+    the sequence, no clipping. ∂/∂log π of what ĝ is the gradient of is ρ_kt Â_k / (K |τ_k|), ∇log π being the rest."""
+    pi = torch.tensor([[0.9, 0.2], [0.5, 1.0]]).log().requires_grad_(True)  # the last one is padding
+    beta = torch.tensor([[0.3, 0.4], [0.25, 1.0]]).log()  # ratios 3, 1/2 and 2: far outside 1 ± 0.2
+    batch = Batch(
+        prompt_index=[0],
+        prompt_ids=torch.zeros(1, 1),
+        prompt_mask=torch.ones(1, 1),
+        completion_ids=torch.zeros(2, 2),
+        mask=torch.tensor([[1.0, 1.0], [1.0, 0.0]]),
+        behavior_logps=beta,
+        advantages=group_advantages(torch.tensor([[1.0, 0.0]]))[0],  # ±(1/2) / √(1/2) = ±0.70711
+    )
+    project.off_policy_objective(pi, batch, "token").sum().backward()
+    # 3 · 0.70711 / 4, 0.5 · 0.70711 / 4; -2 · 0.70711 / 2
+    torch.testing.assert_close(pi.grad, torch.tensor([[0.53033, 0.08839], [-0.70711, 0.0]]), rtol=1e-4, atol=1e-6)
+
+
+def test_cap_bounds_the_weights():
+    pi, beta = torch.tensor([[0.9, 0.2]]).log(), torch.tensor([[0.3, 0.4]]).log()
+    assert project.importance_weights(pi, beta, "token", cap=2.0)[0].tolist() == pytest.approx([2.0, 0.5])
+    assert project.importance_weights(pi, beta, "prefix", cap=1.6)[0].tolist() == pytest.approx([1.6, 1.5])
+
+
+def test_halves_are_those_of_the_trajectories(moved, ragged):
+    sketcher = GradientSketcher(copy.deepcopy(moved), K, 1.0, seed=1)
+    live = list(ragged.live_groups().items())
+    batch = collate(ragged, live, moved.device)
+    whole, _ = sketcher.sketch(batch, TEMPERATURE)
+    halves = sketcher.sketch(project.split_groups(batch, 2), TEMPERATURE)[0].view(len(live), 2, K)
+    assert ((halves.mean(1) - whole).norm(dim=1) <= 1e-5 * whole.norm(dim=1)).all()
+    matrices = dense_projection(sketcher)
+    for row, (_, rows) in list(enumerate(live))[:3]:
+        for half, some in enumerate((rows[:3], rows[3:])):
+            expected = autograd_sketch(moved, ragged, some, matrices, advantage_rows=rows)
+            assert (halves[row, half] - expected).norm() <= 1e-4 * expected.norm() + 1e-7
 
 
 @pytest.mark.parametrize("change", ["batch size", "order", "padding", "slices"])
@@ -112,41 +177,55 @@ def test_batching_changes_nothing(moved, ragged, change):
             assert (row - whole[i]).norm() <= 1e-4 * whole[i].norm()
 
 
-def test_projection_keeps_inner_products_on_average():
-    """E⟨g̃, g̃'⟩ = r⟨g, g'⟩ over 400 seeds, within 4 standard errors, for gradients that resemble each other."""
+@pytest.mark.parametrize("sparse_ratio", [0.3, 1.0])
+def test_inner_products_have_the_mean_and_the_variance_of_theory(sparse_ratio):
+    """Over 4,000 seeds, for two gradients that resemble each other and have a few large coordinates."""
     torch.manual_seed(0)
-    sizes = {"a": 300, "b": 700}
-    first = {name: torch.randn(size) + 0.5 for name, size in sizes.items()}
-    g = {name: torch.stack([x, x + 0.3 * torch.randn(len(x))]) for name, x in first.items()}
-    products, kept = [], torch.zeros(1000)
-    for seed in range(400):
-        projection = SparseProjection(sizes, 64, 0.3, seed, torch.device("cpu"))
-        sketch = torch.zeros(2, 64)
-        for name in sizes:
-            projection.add(sketch, name, g[name])
-            kept[(0 if name == "a" else 300) + projection.blocks[name][0].long()] += 1
-        products.append((sketch[0] @ sketch[1]).item())
-    truth = 0.3 * sum((g[name][0] @ g[name][1]).item() for name in sizes)
-    error = np.std(products) / 20
-    assert abs(np.mean(products) - truth) < 4 * error
-    assert truth > 20 * error  # so that the line above can fail
-    assert abs(kept / 400 - 0.3).max() < 5 * (0.3 * 0.7 / 400) ** 0.5  # every coordinate, with probability r
+    sizes, k, seeds = {"a": 20, "b": 150, "c": 330}, 64, 4000
+    first = torch.randn(500) * torch.where(torch.rand(500) < 0.05, 4.0, 1.0)
+    g = torch.stack([first, first + 0.5 * torch.randn(500)])
+    keep = project.keep_probability(sizes, sparse_ratio)
+    assert sum(keep[name] * size for name, size in sizes.items()) == pytest.approx(sparse_ratio * 500)
+    products, kept = np.zeros(seeds), torch.zeros(500)
+    for seed in range(seeds):
+        projection = SparseProjection(sizes, keep, k, seed, torch.device("cpu"))
+        sketch = torch.zeros(2, k)
+        for name, block in zip(sizes, g.split(list(sizes.values()), 1), strict=True):
+            projection.add(sketch, name, block.clone())
+        products[seed] = sketch[0] @ sketch[1]
+        kept += torch.cat([sign.abs() for sign, _, _ in projection.blocks.values()])
+    x, y = g.double().numpy()
+    p = np.concatenate([np.full(size, keep[name]) for name, size in sizes.items()])
+    lap = np.concatenate([number * 100 + np.arange(size) // k for number, size in enumerate(sizes.values())])
+    pairs = np.triu((np.outer(x, y) + np.outer(y, x)) ** 2 * (lap[:, None] != lap), 1)
+    variance = ((1 / p - 1) * x**2 * y**2).sum() + pairs.sum() / k
+    error = (variance / seeds) ** 0.5
+    assert abs(products.mean() - x @ y) < 4 * error
+    assert x @ y > 20 * error  # so that the line above can fail
+    assert products.var() == pytest.approx(variance, rel=0.1)  # its standard error is 2 to 3%
+    assert (abs(kept.numpy() / seeds - p) <= 5 * (p * (1 - p) / seeds) ** 0.5).all()
 
 
-def test_coordinates_of_different_weights_meet_with_probability_one_in_k():
-    meetings, buckets = 0, torch.zeros(8)
-    for seed in range(4000):
-        blocks = SparseProjection({"a": 3, "b": 5}, 8, 1.0, seed, torch.device("cpu")).blocks
-        place = {}
-        for name, (kept, _, first) in blocks.items():
-            dealt = (first + torch.arange(len(kept))) % 8
-            assert len(set(dealt.tolist())) == len(kept)  # no two of one weight meet, there being at most k
-            place[name] = dealt[kept.long() == 0].item()
-        meetings += place["a"] == place["b"]
-        buckets[place["a"]] += 1
-    error = (1 / 8 * 7 / 8 / 4000) ** 0.5
-    assert abs(meetings / 4000 - 1 / 8) < 4 * error
-    assert (buckets / 4000 - 1 / 8).abs().max() < 4 * error
+def test_coordinates_meet_as_the_head_of_the_file_says():
+    meetings, seeds = np.zeros((12, 12)), 4000
+    for seed in range(seeds):
+        sizes = {"a": 4, "b": 8}
+        blocks = SparseProjection(sizes, dict.fromkeys(sizes, 1.0), 5, seed, torch.device("cpu")).blocks
+        place = np.array([(j + shifts[j // 5]) % 5 for sign, _, shifts in blocks.values() for j in range(len(sign))])
+        meetings += place[:, None] == place
+    lap = np.array([0] * 4 + [1] * 5 + [2] * 3)
+    assert (meetings[(lap[:, None] == lap) & ~np.eye(12, dtype=bool)] == 0).all()
+    assert abs(meetings[lap[:, None] != lap] / seeds - 1 / 5).max() < 5 * (1 / 5 * 4 / 5 / seeds) ** 0.5
+
+
+def test_all_coordinates_are_covered_without_loss(moved, ragged):
+    """With as many buckets as coordinates in the largest tensor, and one tensor, the sketch is the gradient itself."""
+    sizes = {"a": 40}
+    projection = SparseProjection(sizes, project.keep_probability(sizes, 1.0), 64, 3, torch.device("cpu"))
+    g = torch.randn(3, 40)
+    sketch = torch.zeros(3, 64)
+    projection.add(sketch, "a", g.clone())
+    torch.testing.assert_close(sketch @ sketch.T, g @ g.T)
 
 
 def test_completions_of_a_single_token(moved, toy):
@@ -161,7 +240,7 @@ def test_completions_of_a_single_token(moved, toy):
     groups = list(trajectories.live_groups().items())
     assert groups
     sketcher = GradientSketcher(copy.deepcopy(moved), k=K, sparse_ratio=0.1, seed=1)
-    matrices = dense_projection(sketcher.projection, block_sizes(sketcher))
+    matrices = dense_projection(sketcher)
     sketch, _ = sketcher.sketch(collate(trajectories, groups, moved.device), TEMPERATURE)
     for row, (_, rows) in enumerate(groups):
         expected = autograd_sketch(moved, trajectories, rows, matrices)
@@ -188,12 +267,49 @@ def test_pass_rate_norm_and_sample_size_belong_to_their_prompt(small_world):
     assert metadata["data"] == rollout.digest(world / "train.jsonl")
 
 
-def test_effective_sample_size_by_hand():
-    # ratios 1, 1, 2 on three tokens: 4² / (3·6); ratio 3 on one token: 1
-    ratio, mask = torch.tensor([[1.0, 1.0], [2.0, 9.0], [3.0, 9.0]]), torch.tensor([[1.0, 1.0], [1.0, 0.0], [1.0, 0.0]])
-    found = project.effective_sample_size(ratio[[0, 1]], mask[[0, 1]], 1)
-    assert found.item() == pytest.approx(16 / 18)
-    assert project.effective_sample_size(ratio[[2]], mask[[2]], 1).item() == pytest.approx(1)
+def test_worked_examples_of_the_docstrings():
+    results = doctest.testmod(project, optionflags=doctest.ELLIPSIS)
+    assert results.attempted >= 4 and results.failed == 0
+
+
+def test_diagnostics_by_brute_force(small_world, moved, toy):
+    """Of a policy that has moved; against log-probs that transformers computes one trajectory at a time."""
+    world, out = small_world, small_world / "g.safetensors"
+    stored = rollout.rollout(out=world / "t.safetensors", data=world / "train.jsonl")
+    moved.config.cropi_ancestors = [rollout.digest(rollout.TOY / "model")]
+    moved.save_pretrained(world / "moved")
+    del moved.config.cropi_ancestors
+    toy[1].save_pretrained(world / "moved")
+    found = project.project(trajectories=world / "t.safetensors", model=world / "moved", out=out, k=64, halves=7)
+    tensors, metadata = rollout.open_tensors(out, "gradients")
+    changes, ess_token, ess_trajectory = [], {}, {}
+    for i, rows in stored.live_groups().items():
+        group = []
+        for m in rows:
+            ids = torch.tensor(stored.tokens[stored.offsets[m] : stored.offsets[m + 1]].astype(np.int64))
+            n = int(stored.prompt_length[m])
+            with torch.no_grad():
+                logps = torch.log_softmax(moved(ids[None]).logits[0], -1)[n - 1 : -1].gather(1, ids[n:, None])[:, 0]
+            behavior = stored.behavior_logps[stored.logp_offsets[m] : stored.logp_offsets[m + 1]]
+            group.append(logps.double().numpy() - behavior)
+        rho, product = np.exp(np.concatenate(group)), np.exp([x.sum() for x in group])
+        ess_token[i] = rho.sum() ** 2 / len(rho) / (rho**2).sum()
+        ess_trajectory[i] = product.sum() ** 2 / len(product) / (product**2).sum()
+        changes += group
+    change = np.concatenate(changes)
+    expected = {
+        "live_prompts": len(ess_token),
+        "token_kl": np.mean(np.exp(change) - 1 - change),
+        "mean_change": abs(change).mean(),
+        "largest_change": abs(change).max(),
+        "ess_token": np.mean(list(ess_token.values())),
+        "ess_trajectory": np.mean(list(ess_trajectory.values())),
+    }
+    assert found == metadata["diagnostics"] == pytest.approx(expected, rel=1e-3)
+    index = tensors["prompt_index"].tolist()
+    assert tensors["ess"].tolist() == pytest.approx([ess_token[i] for i in index], rel=1e-3)
+    assert tensors["ess_trajectory"].tolist() == pytest.approx([ess_trajectory[i] for i in index], rel=1e-3)
+    assert tensors["half_sketch"].shape == (7, 64) and set(tensors["half_index"]) < set(index)
 
 
 MEMORY = """
