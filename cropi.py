@@ -181,7 +181,10 @@ class Curriculum:
         settings = {options.get(name, name): describe(value) for name, value in vars(self).items() if name != "out"}
         file = self.out / "run.json"
         if file.is_file() and load_json(self.out / "rollouts" / "summary.json"):
-            found = load_json(file).get("settings", {})
+            found = load_json(file)
+            same = found.get("format") == rollout.FORMAT
+            require(same, f"{self.out} was begun by another version of these scripts; choose a new --out")
+            found = found.get("settings", {})
             changed = ", ".join(f"--{name}" for name in settings if found.get(name) != settings[name]).replace("_", "-")
             require(not changed, f"{self.out} was begun with another {changed} (see {file}); choose a new --out")
         else:
@@ -266,7 +269,7 @@ class Curriculum:
     def run_stage(self, stage: int, steps: int) -> dict:
         """Refresh, select, train, evaluate; returns the stage's summary. `steps` were made before it."""
         refresh = stage and self.trajectories(stage).parent == self.folder(stage)
-        cost = self.offline_rollouts(stage) if refresh else {}
+        cost = once(self.trajectories(stage), self.offline_rollouts, stage)[0] if refresh else {}
         clock = time.perf_counter()
         chosen = self.choose(stage)
         scored = time.perf_counter()
@@ -415,25 +418,14 @@ def stage_line(summary: dict, pool: list[dict], chosen: np.ndarray, column: str,
 
 
 def print_table(summaries: list[dict], targeted: list[str]) -> None:
-    columns = [
-        "stage",
-        "steps",
-        "chosen",
-        "reward",
-        *summaries[0]["accuracy"],
-        "targeted",
-        "roll s",
-        "score s",
-        "train s",
-    ]
+    seconds = {"roll s": "seconds_rollout", "score s": "seconds_scoring", "train s": "seconds_training"}
+    columns = ["stage", "steps", "chosen", "reward", *summaries[0]["accuracy"], "targeted", *seconds]
     print("\n" + "  ".join(f"{name:>6}" for name in columns))
     for s in summaries:
         mean = float(np.mean([s["accuracy"][name] for name in targeted])) if targeted else ""
         cells = [s["stage"], s["steps"], s.get("chosen", ""), s.get("reward", ""), *s["accuracy"].values(), mean]
         texts = [f"{cell:.3f}" if isinstance(cell, float) else str(cell) for cell in cells]
-        texts += [
-            f"{s[name]:.1f}" if name in s else "" for name in ("seconds_rollout", "seconds_scoring", "seconds_training")
-        ]
+        texts += [f"{s[name]:.1f}" if name in s else "" for name in seconds.values()]
         print("  ".join(f"{text:>{max(6, len(name))}}" for text, name in zip(texts, columns, strict=True)))
 
 

@@ -10,10 +10,13 @@ Writes  one row per live prompt (one whose rewards differ; all other gradients a
     prompt_index   int32   (N,)   row of the data file that the trajectories belong to
     grad_norm      float32 (N,)   ‖g̃‖, which estimates ‖ĝ‖
     pass_rate      float32 (N,)   mean reward under β
-    ess            float32 (N,)   effective sample size of the prompt's n tokens: (Σρ)²/(nΣρ²), in (0, 1]
+    ess_token      float32 (N,)   effective sample size of the prompt's n tokens: (Σρ)²/(nΣρ²), in (0, 1]
     ess_trajectory float32 (N,)   the same of its K trajectories, with the products Π_t ρ_t
-    half_sketch    float32 (H,k)  g̃ from the first half of the trajectories, for some of the prompts:
+    token_kl, mean_change, largest_change  float32 (N,)   KL(β‖π_θ) and |log ρ|, mean and largest, over its tokens
+    half_sketch    float32 (H,k)  g̃ from the first half of the trajectories, for some of the prompts (if K is even):
     half_index     int32   (H,)   their rows of the data file. How far the halves agree says how far to trust the ranks.
+
+The means of these over the live prompts (of largest_change the largest) are in the metadata, as `diagnostics`.
 
 For prompt x with K trajectories τ_k ~ β, tokens a_kt and histories h_kt, the gradient is that of the objective in
 `train.py` without clipping, with the stored trajectories in place of fresh ones:
@@ -28,7 +31,8 @@ With ρ_kt = π_θ(a_kt|h_kt) / β(a_kt|h_kt), `--ratio` sets the weight w_kt, a
 M keeps each coordinate of a parameter tensor with d coordinates with probability p = min(1, n/d), and divides it by √p;
 n is such that a share r of all coordinates is kept. P (k × all coordinates) has a single ±1 per column. A tensor's
 coordinates go to the k buckets in laps: k consecutive ones to k different buckets, each lap turned by a random shift,
-so that coordinates of one lap never meet, and any two others do with probability 1/k. Then E⟨g̃, g̃'⟩ = ⟨ĝ, ĝ'⟩, and
+so that coordinates of one lap never meet, and any two others do with probability 1/k. Then, over what is covered,
+E⟨g̃, g̃'⟩ = ⟨ĝ, ĝ'⟩, and
 
     Var⟨g̃, g̃'⟩ = Σ_j (1/p_j - 1) g_j² g'_j²  +  1/k Σ_{i<j of different laps} (g_i g'_j + g_j g'_i)²
 
@@ -42,21 +46,22 @@ and one batched matrix product sums them prompt by prompt, (P, O, T) x (P, T, I)
 so that product replaces the one with which autograd would have made the summed weight gradient, and a gradient per
 prompt costs little more than the backward pass it rides on (`bench/speed.py`).
 
-What is covered: every nn.Linear and nn.Embedding. The norms' gains are left out. A model with other weight matrices
-(fused experts, convolutions) is refused.
+What is covered: every nn.Linear and nn.Embedding, and no other parameter with one dimension: the norms' gains are left
+out. A model with other weight matrices (fused experts, convolutions, layers derived from those two) is refused.
 
 Measured (`bench/projection.py`, docs/projection.json): @@MEASURED@@
 
 Deviations:
  1. The paper's P is dense. One ±1 per column costs O(d) instead of O(dk) with the same expectation.
- 2. The paper keeps a share r of 0.1. Here a kept coordinate costs nothing, so r is 1 by default: M is the identity.
- 3. Below r = 1 every tensor keeps the same number n of coordinates (or all it has) instead of the same share: tensors
-    have gradients of like norm, however large they are, so the few coordinates of a small one matter more.
+ 2. The paper keeps a share r of 0.1. Here dropping coordinates saves nothing, so r is 1 by default: M is the identity.
+ 3. Below r = 1 every tensor keeps the same number n of coordinates (or all it has) instead of the same share of them:
+    gradients of small tensors have larger coordinates.
  4. k is 4096 by default (paper: 32768), enough for the toy.
  5. The released code keeps the first coordinates it comes to. Ours are random over all that is covered.
 """
 
 import math
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -86,6 +91,7 @@ from rollout import (
 from train import Batch, collate, completion_logps, k3_kl, micro_batches, sequence_mean
 
 RATIOS = ("token", "none", "prefix", "sequence")
+STALENESS = ("token_kl", "mean_change", "largest_change", "ess_token", "ess_trajectory")
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The objective
@@ -120,6 +126,23 @@ def off_policy_objective(logps: torch.Tensor, batch: Batch, ratio: str, cap: flo
     return sequence_mean(value, batch.mask).view(len(batch.prompt_ids), -1).mean(1)  # (P*K,) -> (P, K) -> (P,)
 
 
+def staleness(log_ratio: torch.Tensor, mask: torch.Tensor, prompts: int) -> dict[str, torch.Tensor]:
+    """How far π_θ has moved from β on the tokens of each of P prompts: log ρ and mask (P*K, C) -> (P,) each.
+
+    `token_kl` estimates KL(β‖π_θ), as the tokens are β's: the mean of ρ - 1 - log ρ.
+    """
+    by_trajectory = log_ratio.sum(1).view(prompts, -1)  # (P*K, C) -> (P, K), 0 at padding
+    log_ratio, mask = log_ratio.view(prompts, -1), mask.view(prompts, -1)
+    tokens = mask.sum(1)
+    return {
+        "token_kl": k3_kl(torch.zeros_like(log_ratio), log_ratio).sum(1).clamp(min=0) / tokens,
+        "mean_change": log_ratio.abs().sum(1) / tokens,
+        "largest_change": log_ratio.abs().amax(1),
+        "ess_token": effective_sample_size(log_ratio, mask),
+        "ess_trajectory": effective_sample_size(by_trajectory, torch.ones_like(by_trajectory)),
+    }
+
+
 def effective_sample_size(log_weights: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """Kish's (Σw)²/(nΣw²), over the n weights of each row where the mask is 1: (P, .) -> (P,), in (0, 1].
 
@@ -141,15 +164,12 @@ def keep_probability(sizes: dict[str, int], sparse_ratio: float) -> dict[str, fl
     >>> keep_probability({"bias": 10, "small": 100, "large": 890}, 0.31)  # 310 of 1000: 10 + 100 + 200
     {'bias': 1.0, 'small': 1.0, 'large': 0.2247...}
     """
-    total = sparse_ratio * sum(sizes.values())
-    n, left = 0.0, len(sizes)
-    for size in sorted(
-        sizes.values()
-    ):  # the small ones are kept whole, while an even share of what is left exceeds them
-        n = total / left
+    n, left = 0.0, sparse_ratio * sum(sizes.values())
+    for place, size in enumerate(sorted(sizes.values())):
+        n = left / (len(sizes) - place)  # an even share of what is left to keep
         if size >= n:
             break
-        total, left = total - size, left - 1
+        left -= size  # tensors smaller than that are kept whole
     return {name: min(1.0, n / size) for name, size in sizes.items()}
 
 
@@ -208,7 +228,7 @@ class GradientSketcher:
     ):
         self.model, self.ratio, self.cap = model.requires_grad_(False), ratio, cap
         names = {id(parameter): name for name, parameter in model.named_parameters()}  # a tied weight has one name
-        layers = [module for module in model.modules() if isinstance(module, nn.Linear | nn.Embedding)]
+        layers = [module for module in model.modules() if type(module) in (nn.Linear, nn.Embedding)]
         self.weights = {names[id(module.weight)]: module.weight for module in layers}
         self.biases = {
             names[id(module.bias)]: module.bias for module in layers if getattr(module, "bias", None) is not None
@@ -259,14 +279,14 @@ class GradientSketcher:
             step = max(1, self.MATRIX_ELEMENTS // self.weights[name].numel())
             for start in range(0, prompts, step):
                 some = slice(start, start + step)
-                gradient = self._weight_gradient(self.weights[name], [(a[some], delta[some]) for a, delta in calls])
+                gradient = self._weight_gradient(name, [(a[some], delta[some]) for a, delta in calls])
                 self.projection.add(sketch[some], name, gradient.flatten(1))
         self.caught.clear()
         return sketch, logps.detach()
 
-    def _weight_gradient(self, weight: torch.Tensor, calls: list[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
+    def _weight_gradient(self, name: str, calls: list[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
         """Prompt by prompt, summed over the calls: (P, O, I) of a linear layer, (P, V, H) of an embedding."""
-        prompts = len(calls[0][0])
+        weight, prompts = self.weights[name], len(calls[0][0])
         gradient = self.workspace[: prompts * weight.numel()].view(prompts, *weight.shape)
         for number, (taken, delta) in enumerate(calls):
             if taken.is_floating_point():  # (P, O, T) x (P, T, I); with beta = 0 what stood there is ignored
@@ -328,6 +348,9 @@ def project(
         f"{trajectories} was sampled by another model than {model} or those it was trained from; run rollout.py again",
     )
     sketcher = GradientSketcher(policy, k, sparse_ratio, seed, ratio, cap)
+    require(
+        sketcher.projection.coordinates > 0, f"--sparse-ratio {sparse_ratio:g} keeps no coordinate; take a larger one"
+    )
     tqdm.write(
         f"{trajectories}: {len(live)} live prompts of {stored.metadata['prompts']}; "
         f"{sketcher.projection.coordinates:,} of {sketcher.covered:,} covered coordinates kept "
@@ -345,9 +368,7 @@ def project(
     even = stored.metadata["options"]["samples"] % 2 == 0  # an odd number of trajectories has no halves
     halved = set(np.random.default_rng(seed).permutation(list(live))[: halves if even else 0].tolist())
     order: list[int] = []
-    half_sketches, rows = [torch.zeros(0, k)], {name: [] for name in ("grad_norm", "ess", "ess_trajectory")}
-    sums = dict.fromkeys(("tokens", "kl", "change"), 0.0)
-    largest, columns = 0.0, {}
+    half_sketches, rows, columns = [], defaultdict(list), {}
     with (
         save_rows(out, "gradients", "sketch", (len(live), k), columns, metadata) as write,
         tqdm(total=len(live), desc=f"project {trajectories.stem}", unit="prompt", leave=False, disable=None) as bar,
@@ -361,37 +382,26 @@ def project(
                 if parts == 2:
                     half_sketches.append(sketch[:, 0].cpu())
                 sketch = sketch.mean(1)  # the gradient is the mean over trajectories, so over halves
-                norm = sketch.norm(dim=1)
-                bad = [i for i, ok in zip(batch.prompt_index, torch.isfinite(norm).tolist(), strict=True) if not ok]
-                require(not bad, f"gradient is not finite at prompt {', '.join(map(str, bad))} of {trajectories}")
+                found = {"grad_norm": sketch.norm(dim=1)}
+                finite = torch.isfinite(found["grad_norm"]).tolist()
+                bad = [i for i, ok in zip(batch.prompt_index, finite, strict=True) if not ok]
+                which = f"prompt {', '.join(map(str, bad))} of {trajectories}"
+                require(not bad, f"gradient is not finite at {which}; if its weights have grown too large, set --cap")
+                for name, values in (found | staleness(logps - batch.behavior_logps, batch.mask, len(groups))).items():
+                    rows[name].append(values.cpu())
                 write(sketch.cpu().numpy())
                 order += batch.prompt_index
-                log_ratio = logps - batch.behavior_logps  # (P*K, C), 0 at padding
-                by_token, by_trajectory = (x.view(len(groups), -1) for x in (log_ratio, log_ratio.sum(1)))
-                rows["grad_norm"].append(norm.cpu())
-                rows["ess"].append(effective_sample_size(by_token, batch.mask.view_as(by_token)).cpu())
-                rows["ess_trajectory"].append(
-                    effective_sample_size(by_trajectory, torch.ones_like(by_trajectory)).cpu()
-                )
-                sums["tokens"] += batch.mask.sum().item()
-                sums["kl"] += k3_kl(batch.behavior_logps, logps).sum().item()  # the tokens are β's: KL(β‖π)
-                sums["change"] += log_ratio.abs().sum().item()
-                largest = max(largest, log_ratio.abs().max().item())
                 bar.update(len(groups))
         rates = stored.pass_rates()
         columns |= {name: torch.cat(values).numpy() for name, values in rows.items()}
         columns["prompt_index"] = np.array(order, np.int32)
         columns["pass_rate"] = np.array([rates[i] for i in order], np.float32)
-        columns["half_sketch"] = torch.cat(half_sketches).numpy()
-        columns["half_index"] = columns["prompt_index"][: len(columns["half_sketch"])]
-        metadata["diagnostics"] = {
-            "live_prompts": len(live),
-            "token_kl": max(0.0, sums["kl"] / sums["tokens"]),
-            "mean_change": sums["change"] / sums["tokens"],
-            "largest_change": largest,
-            "ess_token": float(columns["ess"].mean()),
-            "ess_trajectory": float(columns["ess_trajectory"].mean()),
-        }
+        if half_sketches:
+            columns["half_sketch"] = torch.cat(half_sketches).numpy()
+            columns["half_index"] = columns["prompt_index"][: len(columns["half_sketch"])]
+        means = {name: float(values.mean()) for name, values in columns.items() if name in STALENESS}
+        means["largest_change"] = float(columns["largest_change"].max())
+        metadata["diagnostics"] = {"live_prompts": len(live)} | means
     return metadata["diagnostics"]
 
 

@@ -47,7 +47,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreT
 from transformers.utils import logging
 
 logging.disable_progress_bar()  # transformers' own bars, one per file read or written
-FORMAT = "cropi/1"  # version of every file that the five scripts write
+FORMAT = "cropi/2"  # version of every file that the five scripts write
 TOY = Path(os.path.relpath(Path(__file__).resolve().parent / "toy"))  # the bundled world: the default paths
 
 

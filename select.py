@@ -69,6 +69,10 @@ else:
     )
 
 METHODS = ("influence", "full", "random", "pass-rate", "learnability")
+# Where to warn. On the bundled world (docs/drift.json) the first is crossed after some four stages: from there on
+# @@STALE@@
+STALE = 0.65  # effective sample size of trajectories
+NOISY = 0.2  # split-half overlap of the top 10%, where chance is 0.1
 ROWS = 1024  # sketches in memory at a time
 
 
@@ -139,20 +143,23 @@ def split_half(train: dict[str, np.ndarray], directions: np.ndarray) -> dict[str
     """Agreement of two rankings from separate halves of the data: of the trajectories of some H training prompts, and
     of the prompts of each validation set, whose mean sketches are `directions` (V, 2, k).
 
-    `noise` is the standard deviation of a cosine over draws of the trajectories: from all of them it has half the
-    variance that it has from one half, and the difference of two halves has twice that.
+    `noise` is the standard deviation of a cosine over draws of that data. With the halves written as g ± e and d ± f,
+    the difference of their inner products is 2(⟨e,d⟩ + ⟨g,f⟩): twice what ⟨g,d⟩ varies by.
     """
-    if len(train["half_sketch"]) < 20:
+    if len(train.get("half_sketch", ())) < 20 or not directions.any((1, 2)).all():
         return {}
     row = {i: row for row, i in enumerate(train["prompt_index"].tolist())}
-    whole = train["sketch"][[row[i] for i in train["half_index"].tolist()]]  # (H, k)
-    first = cosines(train["half_sketch"], directions[:, 0])  # (H, V)
-    second = cosines(2 * whole - train["half_sketch"], directions[:, 1])
-    return {"split_half": top_overlap(first, second), "noise": float((first - second).std(0).mean() / 2)}
+    whole = train["sketch"][[row[i] for i in train["half_index"].tolist()]].astype(np.float64)  # (H, k)
+    one = train["half_sketch"].astype(np.float64)
+    products = np.stack([one @ directions[:, 0].T, (2 * whole - one) @ directions[:, 1].T])  # (2, H, V)
+    norms = np.linalg.norm(whole, axis=1)[:, None] * np.linalg.norm(directions.mean(1), axis=1)  # (H, V)
+    noise = float(((products[0] - products[1]) / np.maximum(norms, 1e-30)).std(0).mean() / 2)
+    scores = cosines(one, directions[:, 0]), cosines(2 * whole - one, directions[:, 1])
+    return {"split_half": top_overlap(*scores), "noise": noise}
 
 
 def margin(score_by_set: np.ndarray, top: int) -> dict[str, float]:
-    """How much the last cosine (N, V) above the cut exceeds the first below it, mean over the sets."""
+    """By how much the cosine (N, V) of rank `top` exceeds the next one, mean over the sets."""
     if len(score_by_set) <= top:
         return {}  # all are chosen
     ordered = -np.sort(-score_by_set, axis=0)
@@ -164,18 +171,37 @@ def sentence(diagnostics: dict[str, float], chance: float) -> str:
     parts = {
         "live_prompts": "{} live prompts",
         "token_kl": "KL(β‖π) {:.3f} a token",
+        "valid_token_kl": "{:.3f} in validation",
         "mean_change": "log-probs moved by {:.2f}",
         "largest_change": "at most {:.1f}",
         "ess_token": "effective sample size {:.2f} of tokens",
+        "valid_ess_token": "{:.2f} in validation",
         "ess_trajectory": "{:.2f} of trajectories",
+        "valid_ess_trajectory": "{:.2f} in validation",
         "split_half": "split-half top 10% {:.2f} (chance 0.10)",
         "margin": "margin at the cut {:.4f}",
         "noise": "noise {:.3f}",
-        "overlap_previous": f"overlap with the stage before {{:.2f}} (chance {chance:.2f})",
+        "overlap_previous": "overlap with the stage before {:.2f}",
         "overlap_learnability": f"with the p(1-p) pick {{:.2f}} (chance {chance:.2f})",
         "length_correlation": "correlation with answer length {:+.2f}",
     }
     return ", ".join(text.format(diagnostics[name]) for name, text in parts.items() if name in diagnostics)
+
+
+def warnings(diagnostics: dict[str, float]) -> list[str]:
+    """In plain words, where the ranking is not to be trusted."""
+    found = []
+    if diagnostics.get("ess_trajectory", 1.0) < STALE:
+        found.append(
+            f"warning: the policy has moved away from the stored trajectories (effective sample size of trajectories "
+            f"below {STALE}); sample them anew, as cropi.py run --refresh-every does"
+        )
+    if diagnostics.get("split_half", 1.0) < NOISY:
+        found.append(
+            f"warning: rankings from two halves of the data share less than {NOISY:.0%} of their top 10%, so the "
+            "ranking is mostly noise; sample more completions per prompt, or take more validation prompts"
+        )
+    return found
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -192,22 +218,25 @@ def by_influence(
     train, metadata = open_tensors(gradients, "gradients")
     same = metadata["trajectories"] == sources["trajectories"]
     require(same, f"{gradients} was made from other trajectories than those given; run project.py again")
-    directions, halves = [], []
+    directions, halves, stale = [], [], {}
     for path in valid_gradients:
         valid, found = open_tensors(path, "gradients")
         for key, thing in (("model", "model"), ("options", "projection")):
             same = found[key] == metadata[key]
             require(same, f"{path} was made with another {thing} than {gradients}; run project.py again for both")
         directions.append(mean_sketch(valid["sketch"]))
-        last = len(valid["sketch"]) - 1
-        halves.append([mean_sketch(valid["sketch"][min(start, last) :: 2]) for start in (0, 1)])
+        split = len(valid["sketch"]) > 1  # else no halves, which zeros stand for
+        halves.append([mean_sketch(valid["sketch"][start::2]) if split else 0 * directions[-1] for start in (0, 1)])
+        for name, worst in (("token_kl", max), ("ess_token", min), ("ess_trajectory", min)):
+            value = found["diagnostics"][name]
+            stale[f"valid_{name}"] = worst(value, stale.get(f"valid_{name}", value))
     prompt_index = train["prompt_index"].astype(np.int64)
     by_index = np.argsort(prompt_index)  # file order is a matter of batching; the last tie-break is the index
     score_by_set = cosines(train["sketch"], np.stack(directions))[by_index]
     rank_by_set = ranks(score_by_set)
     score = reciprocal_rank_fusion(rank_by_set, top)
     order = np.lexsort((-score_by_set.mean(1), -score))  # by score, then by mean cosine
-    metadata["diagnostics"] |= margin(score_by_set, top) | split_half(train, np.array(halves))
+    metadata["diagnostics"] |= stale | margin(score_by_set, top) | split_half(train, np.array(halves))
     return {
         "ranked": prompt_index[by_index][order],
         "score": score[order],
@@ -288,15 +317,16 @@ def select(
         diagnostics["overlap_learnability"] = overlap(chosen["ranked"], learnable)
         groups = stored.groups()
         length = np.array([stored.completion_length[groups[i]].mean() for i in table["ranked"].tolist()])
-        if np.ptp(length) > 0:
-            correlation = np.corrcoef(table["score_by_set"].mean(1), length)[0, 1]
-            diagnostics["length_correlation"] = float(correlation)
+        cosine = table["score_by_set"].mean(1)
+        if np.ptp(length) > 0 and np.ptp(cosine) > 0:
+            diagnostics["length_correlation"] = float(np.corrcoef(cosine, length)[0, 1])
     options = {"method": method, "frac": frac, "seed": seed, "sets": names}
     metadata = sources | {"prompts": len(rows), "options": options, "diagnostics": diagnostics}
     save_tensors(out, "selection", chosen, metadata)
     tqdm.write(f"{out}: {len(chosen['ranked'])} of {len(rows)} prompts by {method}")
     if diagnostics:
-        tqdm.write(sentence(diagnostics, len(chosen["ranked"]) / len(table["ranked"])))
+        chance = len(chosen["ranked"]) / len(table["ranked"])
+        tqdm.write("\n".join([sentence(diagnostics, chance), *warnings(diagnostics)]))
     return chosen["ranked"]
 
 

@@ -52,6 +52,14 @@ def plain(model, trajectories: Path, layout: str, batch_tokens: int) -> None:
         project.off_policy_objective(logps, batch, "token").sum().backward()
 
 
+def best_plain(model, trajectories: Path, layout: str) -> partial:
+    """`plain` at the batch size that suits it best."""
+    sizes = {n: partial(plain, model, trajectories, layout, n) for n in (1024, 2048, 4096, 8192)}
+    best = min(sizes, key=lambda n: min(timed(sizes[n]) for _ in range(2)))
+    print(f"plain, {layout}: batches of {best} tokens")
+    return sizes[best]
+
+
 def timed(work, *args, **options) -> float:
     clock = time.perf_counter()
     work(*args, **options)
@@ -67,11 +75,8 @@ def scoring(rounds: int) -> dict:
         ways = {
             "score": lambda: project.project(trajectories=trajectories, out=out),
         }
-        for layout in ("repeated", "shared"):  # each at the batch size that suits it best
-            sizes = {n: partial(plain, model, trajectories, layout, n) for n in (1024, 2048, 4096, 8192)}
-            best = min(sizes, key=lambda n: min(timed(sizes[n]) for _ in range(2)))
-            print(f"plain, {layout}: batches of {best} tokens")
-            ways[f"plain, {layout}"] = sizes[best]
+        for layout in ("repeated", "shared"):
+            ways[f"plain, {layout}"] = best_plain(model, trajectories, layout)
         seconds: dict[str, list[float]] = {name: [] for name in ways}
         for way in ways.values():  # warm up
             way()

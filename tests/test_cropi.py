@@ -12,6 +12,7 @@ from conftest import ROOT, digests
 from transformers import AutoModelForCausalLM
 
 import cropi
+import rollout
 from rollout import TOY, BadInput, load_prompts, open_tensors
 
 SMALL = ["train.steps=2", "train.batch_prompts=8", "valid.samples=8", "test.samples=2", "project.k=256"]
@@ -106,6 +107,18 @@ def test_a_run_goes_on_after_its_last_whole_stage(small_world):
         assert digests(small_world / "whole", pattern) == digests(small_world / "part", pattern)
 
 
+def test_refreshed_trajectories_are_not_sampled_twice(small_world):
+    run_small(small_world, "a", refresh_every=1)
+    folder = small_world / "a" / "stage-01"
+    before = {path: path.stat().st_mtime_ns for path in (folder / "rollouts").iterdir()}
+    report = json.loads((folder / "summary.json").read_text())
+    (folder / "summary.json").unlink()  # as if killed between the refresh and the end of the stage
+    run_small(small_world, "a", refresh_every=1)
+    assert before == {path: path.stat().st_mtime_ns for path in (folder / "rollouts").iterdir()}
+    again = json.loads((folder / "summary.json").read_text())
+    assert again["seconds_rollout"] == report["seconds_rollout"]  # the first attempt's cost
+
+
 def test_other_settings_are_refused_by_name(small_world):
     run_small(small_world, "a", stages=1)
     for options, name in (({"seed": 1}, "--seed"), ({"frac": 0.2}, "--frac"), ({"assignments": []}, "--set")):
@@ -115,6 +128,29 @@ def test_other_settings_are_refused_by_name(small_world):
         file.write('{"prompt": "cpy(abc)=", "answer": "abc"}\n')
     with pytest.raises(BadInput, match="another --train "):
         run_small(small_world, "a")
+
+
+@pytest.mark.parametrize("every, sampled", [(0, []), (1, [1, 2]), (2, [2])])
+def test_refresh(small_world, every, sampled):
+    report = run_small(small_world, "a", stages=3, refresh_every=every)
+    out, files = small_world / "a", ("train", "valid-rev", "valid-srt")
+    assert [stage for stage in range(3) if (out / f"stage-0{stage}" / "rollouts").exists()] == sampled
+    latest = out / "rollouts"
+    for stage in range(3):
+        folder, summary = out / f"stage-0{stage}", report["evaluations"][stage + 1]
+        if stage in sampled:
+            latest = folder / "rollouts"
+            policy = rollout.digest(out / f"stage-0{stage - 1}" / "model")
+            assert all(open_tensors(latest / f"{f}.safetensors", "trajectories")[1]["model"] == policy for f in files)
+            assert summary["trajectories_offline"] == 60 * 8 + 2 * 12 * 8
+            assert summary["seconds_rollout"] > 0
+        assert ("trajectories_offline" in summary) == (stage in sampled)
+        for f in files:  # scored with the latest, and on-policy where they are new
+            metadata = open_tensors(folder / f"gradients-{f}.safetensors", "gradients")[1]
+            assert metadata["trajectories"] == rollout.digest(latest / f"{f}.safetensors")
+            assert (metadata["diagnostics"]["largest_change"] < 1e-4) == (stage == 0 or stage in sampled)
+        assert summary["diagnostics"]["live_prompts"] > 0
+        assert ("overlap_previous" in summary["diagnostics"]) == (stage > 0)
 
 
 @pytest.mark.parametrize("selector", ["full", "random", "pass-rate", "learnability"])

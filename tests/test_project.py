@@ -263,7 +263,7 @@ def test_pass_rate_norm_and_sample_size_belong_to_their_prompt(small_world):
     for row, i in enumerate(tensors["prompt_index"].tolist()):
         assert tensors["pass_rate"][row] == pytest.approx(rates[i])
         assert tensors["grad_norm"][row] == pytest.approx(np.linalg.norm(tensors["sketch"][row]), rel=1e-5)
-        assert tensors["ess"][row] == pytest.approx(1, abs=1e-4)  # θ is still β
+        assert tensors["ess_token"][row] == pytest.approx(1, abs=1e-4)  # θ is still β
     assert metadata["data"] == rollout.digest(world / "train.jsonl")
 
 
@@ -282,7 +282,7 @@ def test_diagnostics_by_brute_force(small_world, moved, toy):
     toy[1].save_pretrained(world / "moved")
     found = project.project(trajectories=world / "t.safetensors", model=world / "moved", out=out, k=64, halves=7)
     tensors, metadata = rollout.open_tensors(out, "gradients")
-    changes, ess_token, ess_trajectory = [], {}, {}
+    expected: dict[str, dict[int, float]] = {name: {} for name in project.STALENESS}
     for i, rows in stored.live_groups().items():
         group = []
         for m in rows:
@@ -292,23 +292,19 @@ def test_diagnostics_by_brute_force(small_world, moved, toy):
                 logps = torch.log_softmax(moved(ids[None]).logits[0], -1)[n - 1 : -1].gather(1, ids[n:, None])[:, 0]
             behavior = stored.behavior_logps[stored.logp_offsets[m] : stored.logp_offsets[m + 1]]
             group.append(logps.double().numpy() - behavior)
-        rho, product = np.exp(np.concatenate(group)), np.exp([x.sum() for x in group])
-        ess_token[i] = rho.sum() ** 2 / len(rho) / (rho**2).sum()
-        ess_trajectory[i] = product.sum() ** 2 / len(product) / (product**2).sum()
-        changes += group
-    change = np.concatenate(changes)
-    expected = {
-        "live_prompts": len(ess_token),
-        "token_kl": np.mean(np.exp(change) - 1 - change),
-        "mean_change": abs(change).mean(),
-        "largest_change": abs(change).max(),
-        "ess_token": np.mean(list(ess_token.values())),
-        "ess_trajectory": np.mean(list(ess_trajectory.values())),
-    }
-    assert found == metadata["diagnostics"] == pytest.approx(expected, rel=1e-3)
+        change, product = np.concatenate(group), np.exp([x.sum() for x in group])
+        rho = np.exp(change)
+        expected["token_kl"][i] = np.mean(rho - 1 - change)
+        expected["mean_change"][i] = abs(change).mean()
+        expected["largest_change"][i] = abs(change).max()
+        expected["ess_token"][i] = rho.sum() ** 2 / len(rho) / (rho**2).sum()
+        expected["ess_trajectory"][i] = product.sum() ** 2 / len(product) / (product**2).sum()
     index = tensors["prompt_index"].tolist()
-    assert tensors["ess"].tolist() == pytest.approx([ess_token[i] for i in index], rel=1e-3)
-    assert tensors["ess_trajectory"].tolist() == pytest.approx([ess_trajectory[i] for i in index], rel=1e-3)
+    means = {name: np.mean(list(values.values())) for name, values in expected.items()}
+    means |= {"largest_change": max(expected["largest_change"].values()), "live_prompts": len(index)}
+    for name, values in expected.items():
+        assert tensors[name].tolist() == pytest.approx([values[i] for i in index], rel=1e-3, abs=1e-6)
+    assert found == metadata["diagnostics"] == pytest.approx(means, rel=1e-3)
     assert tensors["half_sketch"].shape == (7, 64) and set(tensors["half_index"]) < set(index)
 
 
@@ -343,3 +339,33 @@ def test_peak_memory_does_not_grow_with_the_number_of_prompts(tmp_path):
     unit = 1 if sys.platform == "darwin" else 1024
     assert (tmp_path / "big.safetensors").stat().st_size > 125e6
     assert (many - few) * unit < 40e6
+
+
+def test_weights_too_large_for_float32_are_refused_and_a_cap_helps(moved, ragged):
+    live = list(ragged.live_groups().items())[:2]
+    batch = collate(ragged, live, moved.device)
+    batch.behavior_logps = batch.behavior_logps - 60  # as after a very long answer
+    for cap, finite in ((None, False), (5.0, True)):
+        sketcher = GradientSketcher(copy.deepcopy(moved), K, 1.0, seed=1, ratio="sequence", cap=cap)
+        assert torch.isfinite(sketcher.sketch(batch, TEMPERATURE)[0]).all() == finite
+
+
+def test_a_ratio_that_keeps_nothing_is_refused(small_world):
+    rollout.rollout(out=small_world / "t.safetensors", data=small_world / "train.jsonl")
+    with pytest.raises(rollout.BadInput, match="--sparse-ratio 1e-09 keeps no coordinate"):
+        project.project(
+            trajectories=small_world / "t.safetensors", out=small_world / "g.safetensors", k=64, sparse_ratio=1e-9
+        )
+    assert not (small_world / "g.safetensors").exists()
+
+
+def test_layers_derived_from_linear_ones_are_refused(toy):
+    """What they do after the product is not known."""
+    model = copy.deepcopy(toy[0])
+
+    class Scaled(nn.Linear):
+        pass
+
+    model.lm_head.__class__ = Scaled
+    with pytest.raises(rollout.BadInput, match=r"lm_head"):
+        GradientSketcher(model, k=K, sparse_ratio=1.0, seed=0)

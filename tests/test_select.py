@@ -81,6 +81,122 @@ def test_large_files_are_read_in_blocks(monkeypatch):
     np.testing.assert_allclose(select.mean_sketch(sketch), mean)
 
 
+def test_diagnostics_by_brute_force(scored):
+    before, _ = run_select(scored, method="random", frac=0.1, seed=7)
+    (scored / "selection.safetensors").rename(scored / "before.safetensors")
+    found, metadata = run_select(scored, frac=0.1, previous=scored / "before.safetensors")
+    diagnostics = metadata["diagnostics"]
+    stored = rollout.open_trajectories(scored / "train.safetensors")
+    train, _ = open_tensors(scored / "gradients-train.safetensors", "gradients")
+    live, chosen = len(train["prompt_index"]), found["ranked"].tolist()
+    assert diagnostics["live_prompts"] == live
+    assert diagnostics["overlap_previous"] == len(set(chosen) & set(before["ranked"].tolist())) / len(chosen)
+    rates = stored.pass_rates()
+    gain = {i: rate * (1 - rate) for i, rate in rates.items()}
+    certain = {i for i in gain if sum(other >= gain[i] - 1e-6 for other in gain.values()) <= len(chosen)}
+    possible = {i for i in gain if sum(other > gain[i] + 1e-6 for other in gain.values()) < len(chosen)}
+    low, high = (len(set(chosen) & some) / len(chosen) for some in (certain, possible))
+    assert low <= diagnostics["overlap_learnability"] <= high
+
+    def cosine(a, b):
+        return a @ b / np.linalg.norm(a) / np.linalg.norm(b)
+
+    whole = dict(zip(train["prompt_index"].tolist(), train["sketch"].astype(np.float64), strict=True))
+    first = dict(zip(train["half_index"].tolist(), train["half_sketch"].astype(np.float64), strict=True))
+    assert len(first) == live  # a small pool: all of them are halved
+    overlaps, noises, margins, means = [], [], [], []
+    for name in ("rev", "srt"):
+        valid = open_tensors(scored / f"gradients-valid-{name}.safetensors", "gradients")[0]["sketch"]
+        a = [cosine(x, valid[0::2].mean(0)) for x in first.values()]
+        b = [cosine(2 * whole[i] - x, valid[1::2].mean(0)) for i, x in first.items()]
+        top = round(live / 10)
+        overlaps.append(len(set(np.argsort(a)[-top:]) & set(np.argsort(b)[-top:])) / top)
+        norms = [
+            np.linalg.norm(whole[i]) * np.linalg.norm(valid[0::2].mean(0) + valid[1::2].mean(0)) / 2 for i in first
+        ]
+        products = [
+            (x @ valid[0::2].mean(0) - (2 * whole[i] - x) @ valid[1::2].mean(0)) / norm
+            for (i, x), norm in zip(first.items(), norms, strict=True)
+        ]
+        noises.append(np.std(products) / 2)
+        scores = {i: cosine(x, valid.mean(0)) for i, x in whole.items()}
+        ordered = sorted(scores.values(), reverse=True)
+        margins.append(ordered[len(chosen) - 1] - ordered[len(chosen)])
+        means.append(scores)
+    assert diagnostics["split_half"] == pytest.approx(np.mean(overlaps))
+    assert diagnostics["noise"] == pytest.approx(np.mean(noises), rel=1e-4)
+    assert diagnostics["margin"] == pytest.approx(np.mean(margins), rel=1e-3, abs=1e-6)
+    x = [np.mean([scores[i] for scores in means]) for i in chosen + [i for i in whole if i not in chosen]]
+    groups = stored.groups()
+    y = [stored.completion_length[groups[i]].mean() for i in chosen + [i for i in whole if i not in chosen]]
+    slope = np.mean((x - np.mean(x)) * (y - np.mean(y))) / np.std(x) / np.std(y)
+    assert diagnostics["length_correlation"] == pytest.approx(slope, rel=1e-3)
+
+
+def test_too_few_prompts_have_no_split_half():
+    sketch = np.ones((30, 4), np.float32)
+    train = {"half_sketch": sketch, "sketch": sketch, "prompt_index": np.arange(30), "half_index": np.arange(30)}
+    assert set(select.split_half(train, np.ones((1, 2, 4)))) == {"split_half", "noise"}
+    assert select.split_half(train, np.zeros((1, 2, 4))) == {}  # one validation prompt
+    assert select.split_half({"sketch": sketch, "prompt_index": np.arange(30)}, np.ones((1, 2, 4))) == {}
+    assert select.margin(np.ones((5, 1)), top=5) == {}
+
+
+def test_noise_is_that_of_repeated_draws():
+    """Of cosines with gradients g + e and directions d + f, drawn many times."""
+    random = np.random.default_rng(0)
+    g, d = random.normal(size=(40, 50)) + 1, random.normal(size=(1, 50)) + 1
+
+    def draw():
+        halves = g + random.normal(size=(2, 40, 50)), d + random.normal(size=(2, 1, 50)) / 4
+        return *halves, select.cosines(halves[0].mean(0), halves[1].mean(0))
+
+    truth = np.std([draw()[2] for _ in range(300)], axis=0).mean()
+    found = []
+    for _ in range(20):
+        e, f, _ = draw()
+        index = np.arange(40)
+        train = {"half_sketch": e[0], "sketch": e.mean(0), "prompt_index": index, "half_index": index}
+        found.append(select.split_half(train, f.transpose(1, 0, 2))["noise"])
+    assert np.mean(found) == pytest.approx(truth, rel=0.15)
+
+
+def test_stale_and_noisy_rankings_are_warned_of(scored, capsys, monkeypatch):
+    run_select(scored)
+    assert "warning" not in capsys.readouterr().out  # still β, and far better than chance
+    monkeypatch.setattr(select, "STALE", 1.1)
+    monkeypatch.setattr(select, "NOISY", 1.1)
+    run_select(scored)
+    printed = capsys.readouterr().out
+    assert "moved away from the stored trajectories" in printed and "mostly noise" in printed
+
+
+def test_a_single_validation_prompt_and_odd_samples(small_world):
+    """Neither has halves; the rest goes its way."""
+    world, lines = small_world, (small_world / "valid-rev.jsonl").read_text().splitlines(keepends=True)
+    rollout.rollout(out=world / "train.safetensors", data=world / "train.jsonl", samples=7)
+    rolled = rollout.rollout(out=world / "valid.safetensors", data=world / "valid-rev.jsonl", samples=8)
+    live = next(iter(rolled.live_groups()))
+    (world / "one.jsonl").write_text(lines[live])
+    for seed in range(9):  # until that prompt is live in its new place as well
+        rolled = rollout.rollout(out=world / "one.safetensors", data=world / "one.jsonl", samples=8, seed=seed)
+        if rolled.live_groups():
+            break
+    for name in ("train", "one"):
+        project.project(trajectories=world / f"{name}.safetensors", out=world / f"gradients-{name}.safetensors", k=64)
+    assert "half_sketch" not in open_tensors(world / "gradients-train.safetensors", "gradients")[0]
+    select.select(
+        out=world / "s.safetensors",
+        data=world / "train.jsonl",
+        trajectories=world / "train.safetensors",
+        gradients=world / "gradients-train.safetensors",
+        valid_gradients=[world / "gradients-one.safetensors"],
+    )
+    tensors, metadata = open_tensors(world / "s.safetensors", "selection")
+    assert len(tensors["ranked"]) == 6
+    assert "split_half" not in metadata["diagnostics"] and "margin" in metadata["diagnostics"]
+
+
 def test_dead_prompts_are_never_chosen_by_influence(scored):
     found, _ = run_select(scored, frac=1.0)
     live = rollout.open_trajectories(scored / "train.safetensors").live_groups()

@@ -1,0 +1,167 @@
+"""Is the ranking by stored trajectories still that of the current policy? Estimator by estimator, stage by stage.
+
+    python bench/drift.py            # about a quarter of an hour on two cores; needs (or first makes) the default runs
+
+For the policies after 0, 1, 2, 4 and 8 stages of the default run: the prompts that influence selects (240 of 2,400)
+from the first policy's trajectories, for each of project.py's `--ratio`, are compared with those that it selects from
+fresh trajectories of the policy itself, many of them (`--fresh` for each training and validation prompt), twice:
+
+    agreement   share of the selection that is in a fresh one; mean over the two fresh ones
+    ceiling     the same between the two fresh selections, each as noisy as the other
+    refreshed   the same for 8 fresh trajectories per training prompt and 32 per validation prompt: what
+                `cropi.py run --refresh-every` would have, drift gone and the sampling noise still there
+    chance      the same for a random choice from the prompts that are live under the stored trajectories
+    reachable   share of the fresh selections that is live under the stored trajectories, so that it can be chosen
+
+The two fresh selections, the stored ones and the refreshed one have projection seeds of their own.
+
+Writes docs/drift.png and, with the diagnostics that project.py and select.py report meanwhile, docs/drift.json.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+from tqdm import tqdm
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import cropi  # noqa: E402
+import project  # noqa: E402
+import rollout  # noqa: E402
+
+select = cropi.select
+STAGES = (0, 1, 2, 4, 8)
+# label -> options of project.py
+ESTIMATORS = {ratio: {"ratio": ratio} for ratio in project.RATIOS} | {
+    "sequence, cap 2": {"ratio": "sequence", "cap": 2.0},
+}
+SETS = {"train": cropi.TOY / "train.jsonl"} | {path.stem: path for path in cropi.TOY_VALID}
+
+
+def sample(folder: Path, model: Path, samples: dict[str, int], seed: int) -> dict[str, Path]:
+    """Trajectories of the pool and of the validation sets."""
+    files = {name: folder / f"{name}-{seed}.safetensors" for name in SETS}
+    for name, out in files.items():
+        rollout.rollout(out=out, model=model, data=SETS[name], samples=samples[name], seed=seed)
+    return files
+
+
+def choose(folder: Path, model: Path, trajectories: dict[str, Path], **options) -> tuple[np.ndarray, dict]:
+    """The selection of 10% of the pool, and its diagnostics."""
+    gradients = {name: folder / f"gradients-{name}.safetensors" for name in SETS}
+    for name, out in gradients.items():
+        project.project(trajectories=trajectories[name], out=out, model=model, **options)
+    valid = [gradients[name] for name in SETS if name != "train"]
+    chosen = select.select(
+        out=folder / "selection.safetensors",
+        data=SETS["train"],
+        trajectories=trajectories["train"],
+        gradients=gradients["train"],
+        valid_gradients=valid,
+    )
+    return chosen, rollout.open_tensors(folder / "selection.safetensors", "selection")[1]["diagnostics"]
+
+
+def compare(run: Path, folder: Path, stage: int, seed: int, fresh: int) -> dict:
+    """Agreements and diagnostics for one policy of one run."""
+    model = run / f"stage-{stage - 1:02d}" / "model" if stage else rollout.TOY / "model"
+    truths = []
+    for number in (0, 1):
+        files = sample(folder, model, dict.fromkeys(SETS, fresh), seed=10_000 + 10 * seed + number)
+        truths.append(choose(folder, model, files, halves=0, seed=1 + number)[0])
+    agreement = {"ceiling": select.overlap(*truths)}
+
+    def agree(chosen: np.ndarray) -> float:
+        return float(np.mean([select.overlap(chosen, truth) for truth in truths]))
+
+    stored = {name: run / "rollouts" / f"{name}.safetensors" for name in SETS}
+    diagnostics = {}
+    for label, options in ESTIMATORS.items():
+        chosen, found = choose(folder, model, stored, **options)
+        agreement[label] = agree(chosen)
+        diagnostics = diagnostics or found  # those of the default
+    few = {name: 8 if name == "train" else 32 for name in SETS}
+    chosen, _ = choose(folder, model, sample(folder, model, few, seed=20_000 + seed), halves=0, seed=3)
+    agreement["refreshed"] = agree(chosen)
+    live = np.array(list(rollout.open_trajectories(stored["train"]).live_groups()))
+    agreement["chance"] = float(np.mean([select.overlap(live, truth) for truth in truths]))
+    agreement["reachable"] = float(np.mean([select.overlap(truth, live) for truth in truths]))
+    return {"seed": seed, "stage": stage, "agreement": agreement, "diagnostics": diagnostics}
+
+
+def draw(table: list[dict], fresh: int) -> None:
+    figure = Figure(figsize=(11, 4.2), layout="tight")
+    left, right = figure.subplots(1, 2)
+
+    def curve(key, name):
+        values = np.array([[row[key][name] for row in table if row["stage"] == stage] for stage in STAGES])
+        return values.mean(1), values.min(1), values.max(1)
+
+    for number, name in enumerate(table[0]["agreement"]):
+        mean, low, high = curve("agreement", name)
+        style = {"ceiling": "k-", "refreshed": "k--", "chance": "k:", "reachable": "k-."}.get(name, f"C{number}o-")
+        label = {
+            "ceiling": f"ceiling: {fresh} fresh against {fresh} fresh",
+            "refreshed": "8 fresh trajectories (32 for validation)",
+            "chance": "chance",
+            "reachable": "live under the stored trajectories",
+        }.get(name, f"stored, --ratio {name}".replace(", cap", " --cap"))
+        left.plot(STAGES, mean, style, label=label, markersize=4)
+        left.fill_between(STAGES, low, high, color=f"C{number}" if "o" in style else "k", alpha=0.1, linewidth=0)
+    left.set(title="agreement with the selection from fresh trajectories", xlabel="stages trained", ylim=(0, 1))
+    left.set_ylabel("share of the selection")
+    for name, label in {
+        "ess_token": "effective sample size of tokens",
+        "valid_ess_token": "the same in validation",
+        "ess_trajectory": "effective sample size of trajectories",
+        "valid_ess_trajectory": "the same in validation",
+        "token_kl": "KL(β‖π) per token",
+        "valid_token_kl": "the same in validation",
+        "split_half": "split-half top 10%",
+    }.items():
+        mean, low, high = curve("diagnostics", name)
+        right.plot(STAGES, mean, "o-", label=label, markersize=4)
+        right.fill_between(STAGES, low, high, alpha=0.1)
+    right.set(title="what the scripts report meanwhile", xlabel="stages trained", ylim=(0, 1))
+    for axis in (left, right):
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize="small")
+    figure.savefig(ROOT / "docs" / "drift.png", dpi=120)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--fresh", type=int, default=32, help="trajectories per prompt and fresh selection")
+    parser.add_argument("--runs", type=Path, default=ROOT / "runs", help="folder of the runs")
+    arguments = parser.parse_args()
+    table = []
+    pairs = [(seed, stage) for seed in range(arguments.seeds) for stage in STAGES]
+    for seed, stage in tqdm(pairs, desc="drift", unit="policy"):
+        run = arguments.runs / f"influence-{seed}"
+        command = [sys.executable, str(ROOT / "cropi.py"), "run", "--seed", str(seed), "--out", str(run)]
+        subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)  # whole runs are left as they are
+        folder = arguments.runs / f"drift-{arguments.fresh}" / f"{seed}-{stage}"
+        done = folder / "agreement.json"
+        made_by = [rollout.digest(ROOT / name) for name in ("project.py", "select.py", "bench/drift.py")]
+        found = json.loads(done.read_text()) if done.exists() else {}
+        if found.get("made_by") != made_by:
+            found = compare(run, folder, stage, seed, arguments.fresh) | {"made_by": made_by}
+            for file in folder.glob("*.safetensors"):
+                file.unlink()
+            done.write_text(json.dumps(found, indent=1) + "\n")
+        table.append({name: value for name, value in found.items() if name != "made_by"})
+    (ROOT / "docs" / "drift.json").write_text(json.dumps({"fresh": arguments.fresh, "table": table}, indent=1) + "\n")
+    draw(table, arguments.fresh)
+    names = list(table[0]["agreement"])
+    print("| stages | " + " | ".join(names) + " |\n|" + "---|" * (len(names) + 1))
+    for stage in STAGES:
+        rows = [row["agreement"] for row in table if row["stage"] == stage]
+        cells = [f"{np.mean([row[name] for row in rows]):.2f}" for name in names]
+        print(f"| {stage} | " + " | ".join(cells) + " |")
