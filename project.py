@@ -49,14 +49,23 @@ prompt costs little more than the backward pass it rides on (`bench/speed.py`).
 What is covered: every nn.Linear and nn.Embedding, and no other parameter with one dimension: the norms' gains are left
 out. A model with other weight matrices (fused experts, convolutions, layers derived from those two) is refused.
 
-Measured (`bench/projection.py`, docs/projection.json): @@MEASURED@@
+Why these (`bench/projection.py`: the toy after two stages, precision of the top 10% against exact full gradients):
+
+                              k = 4096   r = 0.1    r = 1       k = 32768   r = 0.1    r = 1
+    here                                  0.86       0.92                    0.93       0.96
+    same p for every tensor               0.83       0.92                    0.86       0.96
+    dense Gaussian                        0.82       0.88                    0.88       0.96
+    √r of rows, √r of columns             0.80       0.92                    0.80       0.96
+    the first coordinates                 0.75       0.90                    0.76       0.97
+
+With exact cosines over what is covered it is 0.99; over the linear layers alone 0.93. Dropping coordinates saves no time.
 
 Deviations:
  1. The paper's P is dense. One ±1 per column costs O(d) instead of O(dk) with the same expectation.
- 2. The paper keeps a share r of 0.1. Here dropping coordinates saves nothing, so r is 1 by default: M is the identity.
+ 2. The paper keeps a share r of 0.1. Here r is 1 by default, which costs the same: M is the identity.
  3. Below r = 1 every tensor keeps the same number n of coordinates (or all it has) instead of the same share of them:
     gradients of small tensors have larger coordinates.
- 4. k is 4096 by default (paper: 32768), enough for the toy.
+ 4. k is 4096 by default (paper: 32768), so that a run of the toy stays small on disk.
  5. The released code keeps the first coordinates it comes to. Ours are random over all that is covered.
 """
 

@@ -96,7 +96,7 @@ def compare(run: Path, folder: Path, stage: int, seed: int, fresh: int) -> dict:
 
 
 def draw(table: list[dict], fresh: int) -> None:
-    figure = Figure(figsize=(11, 4.2), layout="tight")
+    figure = Figure(figsize=(11, 5.6), layout="tight")
     left, right = figure.subplots(1, 2)
 
     def curve(key, name):
@@ -131,7 +131,7 @@ def draw(table: list[dict], fresh: int) -> None:
     right.set(title="what the scripts report meanwhile", xlabel="stages trained", ylim=(0, 1))
     for axis in (left, right):
         axis.grid(alpha=0.3)
-        axis.legend(fontsize="small")
+        axis.legend(fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=2)
     figure.savefig(ROOT / "docs" / "drift.png", dpi=120)
 
 
@@ -149,7 +149,7 @@ if __name__ == "__main__":
         subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)  # whole runs are left as they are
         folder = arguments.runs / f"drift-{arguments.fresh}" / f"{seed}-{stage}"
         done = folder / "agreement.json"
-        made_by = [rollout.digest(ROOT / name) for name in ("project.py", "select.py", "bench/drift.py")]
+        made_by = [rollout.digest(ROOT / "project.py"), rollout.digest(ROOT / "select.py"), ESTIMATORS]
         found = json.loads(done.read_text()) if done.exists() else {}
         if found.get("made_by") != made_by:
             found = compare(run, folder, stage, seed, arguments.fresh) | {"made_by": made_by}

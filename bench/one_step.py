@@ -36,7 +36,7 @@ import project  # noqa: E402
 import rollout  # noqa: E402
 from train import Batch, collate, completion_logps  # noqa: E402
 
-ETA = 1e-3
+ETA = 2e-4  # small enough for the change to be linear in it: see `first_order` in the JSON
 FRESH = 64
 STAGES = (0, 2)
 VALID = {path.stem.removeprefix("valid-"): path for path in cropi.TOY_VALID}
@@ -170,9 +170,17 @@ def draw(studies: dict[int, dict], table: list[dict]) -> None:
                     alpha=0.5,
                     label=f"{name}: rank correlation {value:.2f} [{low:.2f}, {high:.2f}]",
                 )
+            x, y = found["predicted"]["fresh"][predictor], 1e3 * found["measured"]["fresh"]
+            limits = [np.percentile(values, [0.25, 99.75]) for values in (x, y)]  # a far point would hide the others
+            (left, right), (low, high) = [(a - 0.05 * (b - a), b + 0.05 * (b - a)) for a, b in limits]
+            outside = int(((x < left) | (x > right) | (y < low) | (y > high)).sum())
+            axis.set(xlim=(left, right), ylim=(low, high))
             axis.axhline(0, color="black", linewidth=0.5)
             axis.axvline(0, color="black", linewidth=0.5)
-            axis.set(xlabel=f"predicted influence ({predictor})", title=f"after {stage} stages")
+            axis.set(
+                xlabel=f"predicted influence ({predictor})",
+                title=f"after {stage} stages; {outside} of {x.size} points outside",
+            )
             axis.legend(fontsize="small")
         line[0].set_ylabel("measured change of expected reward, 1e-3")
     figure.suptitle(f"one gradient step on one prompt, {FRESH} fresh trajectories, η = {ETA:g}")
