@@ -453,19 +453,19 @@ class Trajectories:
     def prompt(self, m: int) -> np.ndarray:
         return self.tokens[self.offsets[m] : self.offsets[m] + self.prompt_length[m]]
 
-    def groups(self) -> dict[int, np.ndarray]:
-        """prompt_index -> rows (K,) of its trajectories."""
-        order = np.argsort(self.prompt_index, kind="stable")
-        prompts, starts = np.unique(self.prompt_index[order], return_index=True)
-        return dict(zip(prompts.tolist(), np.split(order, starts[1:]), strict=True))
+    def groups(self) -> dict[int, range]:
+        """prompt_index -> rows of its K trajectories, which stand side by side."""
+        starts = np.flatnonzero(np.diff(self.prompt_index, prepend=-1)).tolist()
+        stops = [*starts[1:], len(self.prompt_index)]
+        return {int(self.prompt_index[a]): range(a, b) for a, b in zip(starts, stops, strict=True)}
 
-    def live_groups(self) -> dict[int, np.ndarray]:
+    def live_groups(self) -> dict[int, range]:
         """The groups whose rewards differ. In all others every advantage, so the gradient, is exactly 0."""
-        return {i: rows for i, rows in self.groups().items() if np.ptp(self.rewards[rows]) > 0}
+        return {i: rows for i, rows in self.groups().items() if np.ptp(self.rewards[rows.start : rows.stop]) > 0}
 
     def pass_rates(self) -> dict[int, float]:
         """prompt_index -> mean reward of its trajectories."""
-        return {i: float(self.rewards[rows].mean()) for i, rows in self.groups().items()}
+        return {i: float(self.rewards[rows.start : rows.stop].mean()) for i, rows in self.groups().items()}
 
 
 def sample_trajectories(

@@ -119,7 +119,7 @@ class Batch:
     advantages: torch.Tensor  # (P*K,)
 
 
-def collate(trajectories: Trajectories, groups: Sequence[tuple[int, np.ndarray]], device: torch.device) -> Batch:
+def collate(trajectories: Trajectories, groups: Sequence[tuple[int, range]], device: torch.device) -> Batch:
     """Pad the given groups (prompt_index, rows (K,)) of trajectories into a batch."""
     prompt_ids, prompt_mask = pad_left([trajectories.prompt(rows[0]) for _, rows in groups], device)
     rows = np.concatenate([rows for _, rows in groups])  # (P*K,)
@@ -143,11 +143,13 @@ def collate(trajectories: Trajectories, groups: Sequence[tuple[int, np.ndarray]]
 
 
 def micro_batches(
-    trajectories: Trajectories, groups: dict[int, np.ndarray], batch_tokens: int
-) -> Iterator[list[tuple[int, np.ndarray]]]:
+    trajectories: Trajectories, groups: dict[int, range], batch_tokens: int
+) -> Iterator[list[tuple[int, range]]]:
     """Groups (prompt_index, rows (K,)) in batches of at most `batch_tokens` padded tokens, or of one group."""
     items = sorted(groups.items())
-    sizes = [(trajectories.completion_length[rows].max(), trajectories.prompt_length[rows[0]]) for _, rows in items]
+    sizes = [
+        (int(trajectories.completion_length[rows].max()), int(trajectories.prompt_length[rows[0]])) for _, rows in items
+    ]
     for batch in pack(sizes, len(items[0][1]) if items else 1, batch_tokens):
         yield [items[i] for i in batch]
 
