@@ -70,7 +70,6 @@ Deviations:
 """
 
 import math
-from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -376,8 +375,11 @@ def project(
     }
     even = stored.metadata["options"]["samples"] % 2 == 0  # an odd number of trajectories has no halves
     halved = set(np.random.default_rng(seed).permutation(list(live))[: halves if even else 0].tolist())
-    order: list[int] = []
-    half_sketches, rows, columns = [], defaultdict(list), {}
+    columns = {"prompt_index": np.zeros(len(live), np.int32)}
+    columns |= {name: np.zeros(len(live), np.float32) for name in ("grad_norm", *STALENESS)}
+    if halved:
+        columns["half_sketch"] = np.zeros((len(halved), k), np.float32)
+    done = 0
     with (
         save_rows(out, "gradients", "sketch", (len(live), k), columns, metadata) as write,
         tqdm(total=len(live), desc=f"project {trajectories.stem}", unit="prompt", leave=False, disable=None) as bar,
@@ -388,26 +390,26 @@ def project(
                 batch = collate(stored, groups, policy.device)
                 sketch, logps = sketcher.sketch(split_groups(batch, parts), temperature)
                 sketch = sketch.view(len(groups), parts, k)
+                rows = slice(done, done + len(groups))
                 if parts == 2:
-                    half_sketches.append(sketch[:, 0].cpu())
+                    columns["half_sketch"][rows] = sketch[:, 0].cpu().numpy()
                 sketch = sketch.mean(1)  # the gradient is the mean over trajectories, so over halves
                 found = {"grad_norm": sketch.norm(dim=1)}
                 finite = torch.isfinite(found["grad_norm"]).tolist()
                 bad = [i for i, ok in zip(batch.prompt_index, finite, strict=True) if not ok]
                 which = f"prompt {', '.join(map(str, bad))} of {trajectories}"
                 require(not bad, f"gradient is not finite at {which}; if its weights have grown too large, set --cap")
-                for name, values in (found | staleness(logps - batch.behavior_logps, batch.mask, len(groups))).items():
-                    rows[name].append(values.cpu())
                 write(sketch.cpu().numpy())
-                order += batch.prompt_index
+                found |= staleness(logps - batch.behavior_logps, batch.mask, len(groups))
+                columns["prompt_index"][rows] = batch.prompt_index
+                for name, values in found.items():
+                    columns[name][rows] = values.cpu().numpy()
+                done += len(groups)
                 bar.update(len(groups))
         rates = stored.pass_rates()
-        columns |= {name: torch.cat(values).numpy() for name, values in rows.items()}
-        columns["prompt_index"] = np.array(order, np.int32)
-        columns["pass_rate"] = np.array([rates[i] for i in order], np.float32)
-        if half_sketches:
-            columns["half_sketch"] = torch.cat(half_sketches).numpy()
-            columns["half_index"] = columns["prompt_index"][: len(columns["half_sketch"])]
+        columns["pass_rate"] = np.array([rates[i] for i in columns["prompt_index"].tolist()], np.float32)
+        if halved:
+            columns["half_index"] = columns["prompt_index"][: len(halved)]
         means = {name: float(values.mean()) for name, values in columns.items() if name in STALENESS}
         means["largest_change"] = float(columns["largest_change"].max())
         metadata["diagnostics"] = {"live_prompts": len(live)} | means
