@@ -14,6 +14,9 @@ Writes  N chosen prompts, best first, and beside it the same for people, a CSV w
     score_by_set float64 (N,V)  their cosine with each validation set
     rank_by_set  int64   (N,V)  their rank among the live prompts, 1 is best
 
+The metadata and a printed line hold `diagnostics`: how stale the trajectories are, how far two halves of the data agree
+on the ranking, and what else it resembles; with a warning where it should not be trusted.
+
 A step of size η along the gradient of x changes the validation objective by η⟨∇J_V, ∇J_x⟩ (1). In its place stand
 
     s_V(x)   = cos( g̃(x), mean of g̃(v) over the live prompts v of V )                                         (4)
