@@ -205,7 +205,7 @@ class Curriculum:
         return (self.folder(sampled) if sampled else self.out) / "rollouts"
 
     def offline_rollouts(self, stage: int) -> dict:
-        """Sample β's trajectories from θ of the stage; returns the cost. What no selector looks at is not sampled."""
+        """Sample β's trajectories from θ of the stage, those that the selector looks at; returns the cost."""
         clock, count = time.perf_counter(), 0
         files = {} if self.selector in ("full", "random") else {"train": ("rollout", self.pool)}
         if self.selector == "influence":

@@ -289,6 +289,9 @@ def select(
         require(stored.metadata["data"] == sources["data"], f"{trajectories} was sampled from other data than {data}")
         sources["trajectories"] = digest(trajectories)
         rates = stored.pass_rates()
+    if previous:
+        before, found = open_tensors(previous, "selection")
+        require(found["data"] == sources["data"], f"{previous} was made from other data than {data}")
     top = len(rows) if method == "full" else max(1, round(frac * len(rows)))
     names: list[str] = []
     diagnostics: dict[str, float] = {}
@@ -315,7 +318,7 @@ def select(
             writer.writerow([place + 1, int(place < top), i, f"{rates[i]:.3f}", score, *sets, *texts])
     chosen = {name: np.ascontiguousarray(values[:top]) for name, values in table.items()}
     if previous:
-        diagnostics["overlap_previous"] = overlap(chosen["ranked"], open_tensors(previous, "selection")[0]["ranked"])
+        diagnostics["overlap_previous"] = overlap(chosen["ranked"], before["ranked"])
     if method == "influence":
         learnable = by_baseline("learnability", pass_rate, seed)["ranked"][: len(chosen["ranked"])]
         diagnostics["overlap_learnability"] = overlap(chosen["ranked"], learnable)

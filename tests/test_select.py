@@ -133,6 +133,17 @@ def test_diagnostics_by_brute_force(scored):
     assert diagnostics["length_correlation"] == pytest.approx(slope, rel=1e-3)
 
 
+def test_a_previous_selection_of_other_data_is_refused(scored):
+    run_select(scored, method="random")
+    (scored / "selection.safetensors").rename(scored / "before.safetensors")
+    (scored / "selection.csv").unlink()
+    with open(scored / "train.jsonl", "a") as file:
+        file.write('{"prompt": "cpy(abc)=", "answer": "abc"}\n')
+    with pytest.raises(rollout.BadInput, match=r"before\.safetensors was made from other data"):
+        run_select(scored, method="random", previous=scored / "before.safetensors")
+    assert not list(scored.glob("selection.*"))
+
+
 def test_too_few_prompts_have_no_split_half():
     sketch = np.ones((30, 4), np.float32)
     train = {"half_sketch": sketch, "sketch": sketch, "prompt_index": np.arange(30), "half_index": np.arange(30)}
