@@ -16,7 +16,8 @@ Writes  one row per live prompt (one whose rewards differ; all other gradients a
     half_sketch    float32 (H,k)  g̃ from the first half of the trajectories, for some of the prompts (if K is even):
     half_index     int32   (H,)   their rows of the data file. How far the halves agree says how far to trust the ranks.
 
-The means of these over the live prompts (of largest_change the largest) are in the metadata, as `diagnostics`.
+The metadata hold as `diagnostics` the means of ess_*, token_kl and mean_change over the live prompts, and the largest
+of largest_change.
 
 For prompt x with K trajectories τ_k ~ β, tokens a_kt and histories h_kt, the gradient is that of the objective in
 `train.py` without clipping, with the stored trajectories in place of fresh ones:
@@ -185,6 +186,7 @@ class SparseProjection:
     """P M of equation 3, for parameters that are visited tensor by tensor.
 
     Args:
+        sizes: number of coordinates of each parameter tensor.
         keep: probability with which a coordinate of each tensor is kept.
         k: buckets.
         seed: draws M and P; the same on every device.

@@ -36,7 +36,8 @@ import project  # noqa: E402
 import rollout  # noqa: E402
 from train import Batch, collate, completion_logps  # noqa: E402
 
-ETA = 2e-4  # small enough for the change to be linear in it: see `first_order` in the JSON
+ETA = 2e-4  # for the change to be near linear in it: `first_order` in the JSON is 1.00 and, after two stages, 0.94;
+# with 1e-3 it was 1.00 and 1.22, and the rank correlations were within 0.02 of those with 2e-4
 FRESH = 64
 STAGES = (0, 2)
 VALID = {path.stem.removeprefix("valid-"): path for path in cropi.TOY_VALID}

@@ -218,8 +218,8 @@ def test_coordinates_meet_as_the_head_of_the_file_says():
     assert abs(meetings[lap[:, None] != lap] / seeds - 1 / 5).max() < 5 * (1 / 5 * 4 / 5 / seeds) ** 0.5
 
 
-def test_all_coordinates_are_covered_without_loss(moved, ragged):
-    """With as many buckets as coordinates in the largest tensor, and one tensor, the sketch is the gradient itself."""
+def test_a_tensor_with_fewer_coordinates_than_buckets_keeps_its_inner_products():
+    """One lap, in which no two coordinates meet."""
     sizes = {"a": 40}
     projection = SparseProjection(sizes, project.keep_probability(sizes, 1.0), 64, 3, torch.device("cpu"))
     g = torch.randn(3, 40)
