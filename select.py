@@ -76,7 +76,7 @@ METHODS = ("influence", "full", "random", "pass-rate", "learnability")
 # four stages. From there on the selection shares 0.34, later 0.27 of its prompts with one from many fresh trajectories,
 # where 8 fresh ones a prompt would share 0.52, later 0.43.
 STALE = 0.65  # effective sample size of trajectories
-NOISY = 0.2  # split-half overlap of the top 10%, where chance is 0.1
+NOISY = 0.2  # split-half overlap of the top 10%: twice chance; a convention, no run of the bundled world came near it
 ROWS = 1024  # sketches in memory at a time
 
 
