@@ -189,7 +189,7 @@ def test_toy_data_is_apart_and_is_what_make_writes(tmp_path, monkeypatch):
     assert len(everything) == len(set(everything))
     assert len(prompts["train"]) == 2400
     assert len(prompts["valid-rev"]) == len(prompts["valid-srt"]) == 128
-    assert len(prompts["test-rev"]) == len(prompts["test-srt"]) == 200
+    assert len(prompts["test-rev"]) == len(prompts["test-srt"]) == 400
 
 
 def test_any_of_several_end_tokens_ends_a_completion(toy):

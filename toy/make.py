@@ -14,7 +14,7 @@ The model is warm-started on demonstrations of which only 25% follow the right r
 wrong rules (sorting the wrong way, rotating to the wrong side, copying), so the model *can* do most tasks but mostly
 does not: what reinforcement learning with verifiable rewards repairs.
 
-Writes toy/train.jsonl (2,400), toy/valid-{rev,srt}.jsonl (128 each), toy/test-{rev,srt}.jsonl (200 each),
+Writes toy/train.jsonl (2,400), toy/valid-{rev,srt}.jsonl (128 each), toy/test-{rev,srt}.jsonl (400 each),
 toy/test-untargeted.jsonl (320) and toy/model/. The data is byte-identical every time; the model's weights depend in
 their last digits on the machine's arithmetic. Prints each family's starting pass rate.
 """
@@ -95,6 +95,8 @@ def write_data() -> None:
     files["test-untargeted"] = [row for f in UNTARGETED for row in draw_unseen(rng, f, 40, seen)]
     files["train"] = [row for f in FAMILIES for row in draw_unseen(rng, f, 200, seen)]
     rng.shuffle(files["train"])
+    for family in TARGETS:  # drawn last, so that larger test sets leave every other file as it is
+        files[f"test-{family}"] += draw_unseen(rng, family, 200, seen)
     for name, rows in files.items():
         (HERE / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         print(f"toy/{name}.jsonl: {len(rows)} prompts")
