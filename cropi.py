@@ -6,7 +6,8 @@ The algorithm (Data-Efficient RLVR via Off-Policy Influence Guidance, arXiv 2510
 
     sample K trajectories from β = π_θ0 for every training and validation prompt       rollout.py
     for stage s = 0 .. S-1:
-        (with --refresh-every R: if R divides s > 0, sample them anew from π_θs)      rollout.py
+        (with --refresh-every R: if R divides s > 0, sample them anew from π_θs;      rollout.py
+        with --static: the next two lines only in the first stage)
         ĝ, g̃   <- off-policy gradients at θ_s from β's trajectories, sketched     (2, 3)  project.py
         score  <- cosine with each validation set, ranks fused; the top N = frac·|D|  (4, 5)  select.py
         θ_s+1  <- GRPO from θ_s on the chosen prompts                                 (6)     train.py
@@ -165,6 +166,7 @@ class Curriculum:
     test_sets: dict[str, Path]
     selector: str
     frac: float
+    static: bool
     refresh_every: int
     seed: int
     settings: dict[str, dict]  # options of each script, beside those that are set below
@@ -195,6 +197,9 @@ class Curriculum:
             versions["python"] = platform.python_version()
             write_json(file, {"format": rollout.FORMAT, "settings": settings, "versions": versions})
 
+    def selection(self, stage: int) -> Path:
+        return self.folder(0 if self.static else stage) / "selection.safetensors"
+
     def valid_files(self) -> dict[str, Path]:
         """valid-NAME, as its trajectories and gradients are called, -> data file."""
         return {f"valid-{name}": path for name, path in self.valid_sets.items()}
@@ -217,8 +222,8 @@ class Curriculum:
             count += len(rolled.rewards)
         return {"seconds_rollout": time.perf_counter() - clock, "trajectories_offline": count}
 
-    def choose(self, stage: int) -> np.ndarray:
-        """Indices of the chosen prompts, best first."""
+    def choose(self, stage: int) -> None:
+        """Write the selection of the stage."""
         folder, rollouts, seed = self.folder(stage), self.trajectories(stage), self.stage_seed(stage)
         sources: dict = {}
         if self.selector not in ("full", "random"):
@@ -231,9 +236,9 @@ class Curriculum:
                 call("project", model=self.policy(stage), trajectories=stored, out=out, seed=seed, **options)
             sources["gradients"] = gradients.pop("train")
             sources["valid_gradients"] = list(gradients.values())
-            sources["previous"] = self.folder(stage - 1) / "selection.safetensors" if stage else None
+            sources["previous"] = self.selection(stage - 1) if stage else None
         options = {"method": self.selector, "frac": self.frac, "seed": seed}
-        return call("select", data=self.pool, out=folder / "selection.safetensors", **sources, **options)
+        call("select", data=self.pool, out=self.selection(stage), **sources, **options)
 
     def train(self, stage: int) -> list[dict]:
         """One line of metrics per step."""
@@ -243,7 +248,7 @@ class Curriculum:
             initial_model=self.model,
             optimizer=self.folder(stage - 1) / "optimizer.safetensors" if stage else None,
             data=self.pool,
-            selection=self.folder(stage) / "selection.safetensors",
+            selection=self.selection(stage),
             out=self.folder(stage),
             seed=self.stage_seed(stage),
             **self.settings["train"],
@@ -271,7 +276,8 @@ class Curriculum:
         refresh = stage and self.trajectories(stage).parent == self.folder(stage)
         cost = once(self.trajectories(stage), self.offline_rollouts, stage)[0] if refresh else {}
         clock = time.perf_counter()
-        chosen = self.choose(stage)
+        if not (self.static and stage):
+            self.choose(stage)
         scored = time.perf_counter()
         log = self.train(stage)
         trained = time.perf_counter()
@@ -279,13 +285,14 @@ class Curriculum:
         evaluations = [{"evaluation": name, "accuracy": value} for name, value in accuracy.items()]
         with whole_file(self.folder(stage) / "metrics.jsonl") as temporary:
             temporary.write_text("".join(json.dumps(line) + "\n" for line in [*log, *evaluations]))
+        tensors, metadata = open_tensors(self.selection(stage), "selection")
         return {
             "stage": stage + 1,
             "steps": steps + len(log),
-            "chosen": len(chosen),
+            "chosen": len(tensors["ranked"]),
             "reward": float(np.mean([line["reward"] for line in log])),
             "accuracy": accuracy,
-            "diagnostics": open_tensors(self.folder(stage) / "selection.safetensors", "selection")[1]["diagnostics"],
+            "diagnostics": metadata["diagnostics"],
             "trajectories_training": sum(line["trajectories"] for line in log),
             **cost,
             "seconds_scoring": scored - clock,
@@ -338,6 +345,7 @@ def run(
     selector: Annotated[
         Literal[select.METHODS], typer.Option(help="How each stage's prompts are chosen.")
     ] = "influence",
+    static: Annotated[bool, typer.Option("--static", help="Choose once, before the first stage.")] = False,
     refresh_every: Annotated[
         int, typer.Option(min=0, help="Stages after which the stored trajectories are sampled anew; 0: never.")
     ] = 0,
@@ -356,10 +364,13 @@ def run(
     require((model / "config.json").is_file(), f"{model}: no model folder here (it has no config.json)")
     toy_sets = pool != TOY / "train.jsonl" and (valid == TOY_VALID or test == TOY_TEST)
     require(not toy_sets, f"{pool} needs validation and test sets of its own: --valid FILE --test FILE")
+    require(not (static and refresh_every), "--static chooses once; --refresh-every would sample for no selection")
     valid_sets, test_sets = set_names(valid, "valid-"), set_names(test, "test-")
     out = out or Path("runs") / f"{selector}-{seed}"
     check_out(out / "run.json")
-    curriculum = Curriculum(out, model, pool, valid_sets, test_sets, selector, frac, refresh_every, seed, settings)
+    curriculum = Curriculum(
+        out, model, pool, valid_sets, test_sets, selector, frac, static, refresh_every, seed, settings
+    )
     curriculum.open()
 
     targeted = [name for name in test_sets if name in valid_sets]
@@ -372,15 +383,14 @@ def run(
         tqdm.write(f"before training: {accuracies(start)}; rollouts {start['seconds_rollout']:.1f} s\n")
         summaries, chosen = [start], []
         for stage in range(stages):
-            folder = curriculum.folder(stage)
-            summary, now = once(folder, curriculum.run_stage, stage, summaries[-1]["steps"])
+            summary, now = once(curriculum.folder(stage), curriculum.run_stage, stage, summaries[-1]["steps"])
             summaries.append(summary)
-            chosen.append(np.array(open_tensors(folder / "selection.safetensors", "selection")[0]["ranked"]))
+            chosen.append(np.array(open_tensors(curriculum.selection(stage), "selection")[0]["ranked"]))
             line = stage_line(summary, prompts, chosen[-1], group_by)
             tqdm.write(f"stage {stage + 1} of {stages}{'' if now else ' (done before)'}: {line}\n")
             bar.update(int(now))
 
-    title = f"{selector}, seed {seed}"
+    title = f"{selector}{' chosen once' if static else ''}, seed {seed}"
     draw_curve(out / "curve.png", summaries, targeted, title)
     draw_selection(out / "selection.png", prompts, chosen, group_by, title)
     report = {

@@ -160,6 +160,23 @@ def test_every_selector_runs(small_world, selector):
     assert (small_world / selector / "rollouts" / "train.safetensors").exists() == (selector not in ("full", "random"))
 
 
+@pytest.mark.parametrize("selector", ["influence", "random"])
+def test_static_chooses_once(small_world, selector):
+    report = run_small(small_world, "a", selector=selector, static=True)
+    once, anew = (run_small(small_world, "b", selector=selector, stages=stages) for stages in (1, 2))
+    first, second = (sorted(path.name for path in (small_world / "a" / f"stage-0{s}").iterdir()) for s in (0, 1))
+    assert [name for name in first if name not in second] == [n for n in first if n.startswith(("gradi", "select"))]
+    file = "stage-00/selection.safetensors"
+    assert digests(small_world / "a", file) == digests(small_world / "b", file) != {}
+    assert report["evaluations"][1]["accuracy"] == once["evaluations"][1]["accuracy"]
+    assert report["evaluations"][2]["chosen"] == anew["evaluations"][2]["chosen"]
+    assert report["evaluations"][2]["seconds_scoring"] < 1e-3
+    with pytest.raises(BadInput, match="--static chooses once"):
+        run_small(small_world, "c", static=True, refresh_every=1)
+    with pytest.raises(BadInput, match="another --static"):
+        run_small(small_world, "a", selector=selector)
+
+
 def test_settings_reach_their_stage():
     settings = cropi.parse_settings(
         ["train.lr=1e-4", "rollout.temperature=0.5", "valid.samples=4", "train.max-tokens=9"]

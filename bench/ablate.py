@@ -1,0 +1,121 @@
+"""The study: arms × seeds, each a run of cropi.py, one after another.
+
+    python bench/ablate.py                  # seven arms, five seeds, eight stages: about 45 minutes on two cores
+    python bench/ablate.py --quick          # three arms, three seeds, four stages: about five
+    python bench/ablate.py --arm "full=--selector full" --arm "hot=--set train.lr=2e-4" --seeds 2 -- --frac 0.2
+    python bench/compare.py runs/study      # then: table, figure, acceleration
+
+An arm is a name and options of `cropi.py run`. `--arm` replaces the seven of the study by arms of your own; what stands
+after `--` goes to every run. One folder holds the study: a run folder ARM-SEED and a log ARM-SEED.log each, and
+study.json, which says what the arms were. The same command goes on where a study was stopped and keeps what is whole;
+with other options, a study or a run in it is refused, by name.
+"""
+
+import re
+import shlex
+import sys
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from tqdm import tqdm
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import cropi  # noqa: E402
+from rollout import BadInput, check_out, command_line, load_model, new_app, require  # noqa: E402
+
+ARMS = {
+    "influence": "",
+    "influence-static": "--static",
+    "influence-refresh-1": "--refresh-every 1",
+    "full": "--selector full",
+    "random": "--selector random",
+    "pass-rate": "--selector pass-rate",
+    "learnability": "--selector learnability",
+}
+QUICK = ("influence", "full", "random")
+app = new_app()
+
+
+class Log:
+    """What a run prints goes to its log, and moves the study's bar after each stage."""
+
+    def __init__(self, file, bar: tqdm):
+        self.file, self.bar = file, bar
+
+    def write(self, text: str) -> int:
+        if found := re.match(r"stage \d+ of (\d+)", text):  # cropi.py's line after each stage
+            self.bar.update(1 / int(found[1]))
+        return self.file.write(text)
+
+    def flush(self) -> None:
+        self.file.flush()
+
+    def isatty(self) -> bool:
+        return False  # no bars of the run's own
+
+
+def read_arms(texts: list[str]) -> dict[str, list[str]]:
+    """["hot=--set train.lr=2e-4"] -> {"hot": ["--set", "train.lr=2e-4"]}."""
+    arms = {}
+    for text in texts:
+        name, equals, options = text.partition("=")
+        named = re.fullmatch(r"[A-Za-z0-9_.-]+", name) and equals and name not in arms
+        require(bool(named), f"--arm {text}: not NAME=OPTIONS with a new NAME of letters, digits and . _ -")
+        try:
+            arms[name] = shlex.split(options)
+        except ValueError as error:  # a quote is not closed
+            raise BadInput(f"--arm {text}: {error}") from None
+    return arms
+
+
+@app.command(help=__doc__.splitlines()[0])
+def ablate(
+    common: Annotated[list[str] | None, typer.Argument(help="After --: options of cropi.py run, for all runs.")] = None,
+    arm: Annotated[
+        list[str] | None, typer.Option(help="NAME=OPTIONS of cropi.py run, in place of ours; repeat.")
+    ] = None,
+    seeds: Annotated[int | None, typer.Option(min=1, help="Seeds 0, 1, ...  [default: 5; 3 with --quick]")] = None,
+    stages: Annotated[
+        int | None, typer.Option(min=1, help="Of a run whose arm does not say.  [default: 8; 4 with --quick]")
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="The small form, in runs/quick.")] = False,
+    out: Annotated[Path | None, typer.Option(help="Folder of the study.  [default: runs/study]")] = None,
+) -> None:
+    seeds, stages = seeds or (3 if quick else 5), stages or (4 if quick else 8)
+    out, common = out or Path("runs") / ("quick" if quick else "study"), common or []
+    arms = read_arms(arm or [f"{name}={options}" for name, options in ARMS.items() if name in QUICK or not quick])
+    given = {word.partition("=")[0] for options in (common, *arms.values()) for word in options}
+    require(not given & {"--seed", "--out"}, "--seed and --out of each run are set here; there are --seeds and --out")
+    file = out / "study.json"
+    check_out(file)
+    found = cropi.load_json(file) or {"stages": stages, "options": common, "arms": {}}
+    require(found["stages"] == stages, f"{out} was begun with --stages {found['stages']}; choose a new --out")
+    was = shlex.join(found["options"]) or "no options"
+    require(found["options"] == common, f"{out} was begun with {was} for all runs; choose a new --out")
+    for name in set(arms) & set(found["arms"]):
+        was = shlex.join(found["arms"][name])
+        require(found["arms"][name] == arms[name], f"{out}: its arm {name} was begun as '{was}'; choose another name")
+    cropi.write_json(file, found | {"arms": found["arms"] | arms})
+
+    load_model(cropi.TOY / "model")  # transformers imports the model's code now, not on the clock of the first run
+    command = typer.main.get_command(cropi.app)
+    shown = "{desc}: {percentage:3.0f}%|{bar}| {n:.1f} of {total} runs [{elapsed}<{remaining}]"
+    with tqdm(total=len(arms) * seeds, bar_format=shown, disable=None) as bar:
+        for seed in range(seeds):  # all arms of a seed before the next, so that a slow hour of the machine hits all
+            for name, options in arms.items():
+                bar.set_description(f"{name}, seed {seed}")
+                words = ["run", "--stages", str(stages), *common, *options]  # the last of an option given twice holds
+                words += ["--seed", str(seed), "--out", str(out / f"{name}-{seed}")]
+                with open(out / f"{name}-{seed}.log", "a") as file:
+                    log = Log(file, bar)
+                    with redirect_stdout(log), redirect_stderr(log):
+                        command.main(words, "cropi.py", standalone_mode=False)
+    print(f"{out}: {len(arms)} arms, {seeds} seeds each; next: python bench/compare.py {out}")
+
+
+if __name__ == "__main__":
+    command_line(app)

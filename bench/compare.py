@@ -1,0 +1,299 @@
+"""How runs of cropi.py compare: accuracy against steps, trajectories and seconds, and the acceleration over full data.
+
+    python bench/compare.py runs/study                                # a folder of runs, as bench/ablate.py leaves it
+    python bench/compare.py runs/full-* runs/influence-* --out here   # or the runs themselves, ARM-SEED each
+
+Runs that differ in nothing but their seed are an *arm*. Accuracy is the mean over the targeted test sets (untargeted:
+over the others). Steps, trajectories sampled (offline and in training) and seconds are what it cost: the seconds of
+offline rollouts, of scoring and selection, and of training; not those of evaluation, nor of starting Python, in no arm.
+What a stage needs before its first step moves the clock on while the accuracy stands still. Within training, cost and
+accuracy are taken to be linear between two evaluations.
+
+    smoothed      the mean curve over the seeds, made non-decreasing (isotonic regression): a level counts where it is
+                  reached and kept
+    target        the best of the base arm's (full data's) smoothed curve
+    acceleration  cost at which the base arm first reaches the target / cost at which the arm does
+
+Intervals are 95%: of means over seeds by Student's t, of accelerations by bootstrap over seeds (2,000 times; each arm's
+seeds are drawn apart, and the target is set anew each time). An arm that does not reach the target has "never", which
+counts as an acceleration of 0.
+
+Prints the table and writes OUT.json (the table, and the curves seed by seed), OUT.png and OUT.md. Where OUT.md, or the
+file that --markdown names, has the lines `<!-- NAME -->` and `<!-- /NAME -->`, NAME being that of OUT, only what is
+between them is replaced.
+"""
+
+import itertools
+import os
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import typer
+from matplotlib.figure import Figure
+from scipy.optimize import isotonic_regression
+from scipy.stats import t as student
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import cropi  # noqa: E402
+from rollout import check_out, command_line, new_app, require, whole_file  # noqa: E402
+
+DRAWS = 2000
+# axis -> what a stage pays before its first step, and what it pays while it trains
+COSTS = {
+    "steps": ((), "steps"),
+    "trajectories": (("trajectories_offline",), "trajectories_training"),
+    "seconds": (("seconds_rollout", "seconds_scoring"), "seconds_training"),
+}
+LABELS = {"steps": "training steps", "trajectories": "trajectories sampled", "seconds": "seconds, evaluation left out"}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The formulas
+
+
+@dataclass
+class Arm:
+    """R runs of S stages that differ in their seed."""
+
+    seeds: list[int]
+    targeted: np.ndarray  # (R, S+1) accuracy before the first stage and after each
+    untargeted: np.ndarray  # (R, S+1)
+    costs: dict[str, np.ndarray]  # axis -> (R, S, 2) at the first and after the last step of each stage, from the start
+
+
+def cost(evaluations: list[dict], axis: str) -> np.ndarray:
+    """(S, 2): what a run had cost when a stage's training began and when it ended.
+
+    >>> first = {"steps": 0, "seconds_rollout": 3.0}
+    >>> cost([first, {"steps": 20, "seconds_scoring": 4.0, "seconds_training": 5.0}], "seconds").tolist()
+    [[7.0, 12.0]]
+    """
+    before, during = COSTS[axis]
+    now, rows = sum(evaluations[0].get(name, 0) for name in before), []
+    for last, stage in itertools.pairwise(evaluations):
+        begin = now + sum(stage.get(name, 0) for name in before)
+        now = begin + stage[during] - (last[during] if axis == "steps" else 0)  # steps are counted from the start
+        rows.append((begin, now))
+    return np.array(rows)
+
+
+def smoothed(curve: np.ndarray) -> np.ndarray:
+    """The non-decreasing curve (S+1,) nearest to the given one in least squares."""
+    return isotonic_regression(curve).x
+
+
+def cost_at(target: float, curve: np.ndarray, cost: np.ndarray) -> float:
+    """Where a smoothed curve (S+1,) first reaches the target, in the cost (S, 2) of its stages; infinity if nowhere.
+
+    >>> cost_at(0.5, np.array([0.2, 0.4, 0.6]), np.array([[3.0, 10.0], [14.0, 20.0]]))
+    17.0
+    """
+    reached = np.flatnonzero(curve >= target - 1e-12)
+    if not len(reached):
+        return float("inf")
+    if (stage := reached[0] - 1) < 0:
+        return 0.0
+    share = (target - curve[stage]) / (curve[stage + 1] - curve[stage])
+    begin, end = cost[stage]
+    return float(begin + share * (end - begin))
+
+
+def accelerations(base: Arm, arm: Arm, picked: tuple[np.ndarray, np.ndarray]) -> dict[str, float]:
+    """Axis -> acceleration, on the means over the given rows of the base arm and of the arm."""
+    one, other = smoothed(base.targeted[picked[0]].mean(0)), smoothed(arm.targeted[picked[1]].mean(0))
+    found = {}
+    for axis in COSTS:
+        spent = cost_at(one[-1], one, base.costs[axis][picked[0]].mean(0))
+        found[axis] = spent / max(cost_at(one[-1], other, arm.costs[axis][picked[1]].mean(0)), 1e-9)
+    return found
+
+
+def with_interval(base: Arm, arm: Arm) -> dict[str, list[float]]:
+    """Axis -> acceleration, and its 2.5 and 97.5 percentiles over draws of seeds."""
+    every = np.arange(len(base.seeds)), np.arange(len(arm.seeds))
+    point = accelerations(base, arm, every)
+    if base is arm:
+        return {axis: [1.0, 1.0, 1.0] for axis in COSTS}
+    random = np.random.default_rng(0)
+    draws = [accelerations(base, arm, tuple(random.choice(a, len(a)) for a in every)) for _ in range(DRAWS)]
+    return {
+        axis: [value, *np.percentile([draw[axis] for draw in draws], [2.5, 97.5]).tolist()]
+        for axis, value in point.items()
+    }
+
+
+def mean_interval(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Mean over R seeds and half the width of its 95% interval, (R, .) -> (.,) twice; NaN with a single seed."""
+    runs = len(values)
+    spread = values.std(0, ddof=1) if runs > 1 else np.full(values.shape[1:], np.nan)
+    return values.mean(0), student.ppf(0.975, max(runs - 1, 1)) * spread / runs**0.5
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# From folders to arms
+
+
+def find_runs(paths: list[Path]) -> list[Path]:
+    """The run folders among the paths and directly below them."""
+    runs = []
+    for path in paths:
+        below = [path] if (path / "run.json").is_file() else sorted(file.parent for file in path.glob("*/run.json"))
+        require(bool(below), f"{path}: no run here (a folder with run.json)")
+        runs += below
+    return list(dict.fromkeys(runs))
+
+
+def read_arms(paths: list[Path]) -> dict[str, Arm]:
+    """Arms by name, the most accurate first; a folder's name is that of its arm and its seed.
+
+    Raises:
+        BadInput: a run is not finished, two runs of an arm have different options, or the same seed, or arms cannot
+            be compared since their test sets, the evaluation or the initial model differ.
+    """
+    found: dict[str, list[tuple[int, Path, dict, dict]]] = {}
+    for path in paths:
+        settings, report = cropi.load_json(path / "run.json")["settings"], cropi.load_json(path / "report.json")
+        require(report is not None, f"{path} is not finished (it has no report.json); run its command again")
+        seed = settings.pop("seed")
+        found.setdefault(re.sub(rf"-{seed}$", "", path.name), []).append((seed, path, settings, report))
+    first = next(iter(found.values()))[0]
+    arms = {}
+    for name, runs in found.items():
+        for _, path, settings, report in runs:
+            _, other, others, _ = runs[0]
+            changed = [f"--{option}" for option in settings if settings[option] != others.get(option)]
+            require(not changed, f"{path} and {other} differ in more than the seed: {', '.join(changed)}")
+            for option in ("model", "test"):
+                same = settings[option] == first[2][option] and settings["set"]["test"] == first[2]["set"]["test"]
+                require(same, f"{path} was evaluated with another --{option} or other test options than {first[1]}")
+            stages = [e["steps"] for e in report["evaluations"]]
+            same = stages == [e["steps"] for e in runs[0][3]["evaluations"]]
+            require(same, f"{path} has other stages or steps than {other}")
+        seeds = [run[0] for run in runs]
+        require(len(set(seeds)) == len(seeds), f"{name}: seed {max(seeds, key=seeds.count)} is there twice")
+        reports = [run[3] for run in runs]
+        arms[name] = Arm(
+            seeds,
+            *(np.array([accuracy(report, targeted) for report in reports]) for targeted in (True, False)),
+            {axis: np.array([cost(report["evaluations"], axis) for report in reports]) for axis in COSTS},
+        )
+    return dict(sorted(arms.items(), key=lambda item: -item[1].targeted[:, -1].mean()))
+
+
+def accuracy(report: dict, targeted: bool) -> list[float]:
+    """Mean over the targeted or the other test sets, evaluation by evaluation; NaN where there is none."""
+    names = [name for name in report["evaluations"][0]["accuracy"] if (name in report["targeted"]) == targeted]
+    return [sum(e["accuracy"][name] for name in names) / (len(names) or np.nan) for e in report["evaluations"]]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What a person looks at
+
+
+def table(arms: dict[str, Arm], base: str) -> list[dict]:
+    rows = []
+    for name, arm in arms.items():
+        best = np.array([smoothed(curve)[-1] for curve in arm.targeted])
+        measured = {"final": arm.targeted[:, -1], "best": best, "untargeted": arm.untargeted[:, -1]}
+        measured |= {axis: values[:, -1, 1] for axis, values in arm.costs.items()}
+        row = {"arm": name, "seeds": len(arm.seeds)}
+        row |= {key: [float(value) for value in mean_interval(values)] for key, values in measured.items()}
+        rows.append(row | {"acceleration": with_interval(arms[base], arm) if base in arms else {}})
+    return rows
+
+
+def as_markdown(rows: list[dict], base: str) -> str:
+    def times(values: list[float] | None) -> str:
+        texts = ["never" if value < 1e-6 else f"{value:.2f}" for value in values or []]
+        return f"{texts[0]} [{texts[1]}, {texts[2]}]" if texts and texts[1] != texts[2] else "".join(texts[:1])
+
+    def mean(values: list[float], digits: int = 3) -> str:
+        return f"{values[0]:,.{digits}f}" + (f" ± {values[1]:,.{digits}f}" if np.isfinite(values[1]) else "")
+
+    head = ["arm", "seeds", "final accuracy", "best", "untargeted, final", f"acceleration over {base} in steps"]
+    head += ["in trajectories", "in seconds", "trajectories in all", "seconds in all"]
+    lines = [head, ["---"] * len(head)]
+    for row in rows:
+        measured = [mean(row[key]) for key in ("final", "best", "untargeted")]
+        faster = [times(row["acceleration"].get(axis)) for axis in COSTS]
+        lines.append([row["arm"], str(row["seeds"]), *measured, *faster, mean(row["trajectories"], 0)])
+        lines[-1].append(mean(row["seconds"], 1))
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def draw(arms: dict[str, Arm], base: str) -> Figure:
+    figure = Figure(figsize=(14, 7), layout="constrained")
+    axes = figure.subplots(2, 3, sharex="col", sharey="row")
+    for panels, kind in zip(axes, ("targeted", "untargeted"), strict=True):
+        for panel, axis in zip(panels, COSTS, strict=True):
+            for color, (name, arm) in enumerate(arms.items()):
+                mean, half = mean_interval(getattr(arm, kind))
+                spent = np.concatenate([[0], arm.costs[axis].mean(0).flatten()])  # 0, begin, end, begin, end ...
+                mean, half = mean[np.arange(len(spent)) // 2], half[np.arange(len(spent)) // 2]
+                style = "-" if color < 10 else "--"  # there are ten colours
+                panel.plot(spent, mean, style, color=f"C{color}", label=name, linewidth=2.5 if name == base else 1.5)
+                panel.fill_between(spent, mean - half, mean + half, color=f"C{color}", alpha=0.15, linewidth=0)
+            if kind == "targeted" and base in arms:
+                best = smoothed(arms[base].targeted.mean(0))[-1]
+                panel.axhline(best, color="grey", linestyle=":", linewidth=1, label=f"best of {base}")
+            panel.grid(alpha=0.3)
+        panels[0].set_ylabel(f"accuracy, {kind} test sets")
+    for panel, axis in zip(axes[-1], COSTS, strict=True):
+        panel.set_xlabel(LABELS[axis])
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right upper", fontsize="small")
+    seeds = sorted({len(arm.seeds) for arm in arms.values()})
+    figure.suptitle(f"mean and 95% interval over seeds ({' or '.join(map(str, seeds))} runs of each arm)")
+    return figure
+
+
+def write_markdown(path: Path, name: str, text: str) -> None:
+    """Between the marks of that name where the file has them, else the whole file."""
+    marks = f"<!-- {name} -->\n", f"<!-- /{name} -->\n"
+    before, begin, rest = (path.read_text() if path.is_file() else "").partition(marks[0])
+    _, end, after = rest.partition(marks[1])
+    with whole_file(path) as temporary:
+        temporary.write_text(before + begin + text + end + after if begin and end else text)
+
+
+app = new_app()
+
+
+@app.command(help=__doc__.splitlines()[0])
+def compare(
+    runs: Annotated[list[Path], typer.Argument(help="Folders of runs, or a folder that holds them.")],
+    base: Annotated[str, typer.Option(help="Arm whose best is to be reached.")] = "full",
+    out: Annotated[Path | None, typer.Option(help="Name without ending.  [default: RUN/comparison]")] = None,
+    markdown: Annotated[Path | None, typer.Option(help="The table's file.  [default: OUT.md]")] = None,
+) -> list[dict]:
+    arms = read_arms(find_runs(runs))
+    if out is None:
+        out = Path(runs[0] if len(runs) == 1 else os.path.commonpath([run.absolute() for run in runs])) / "comparison"
+    files = [out.with_name(out.name + ending) for ending in (".json", ".png")] + [markdown or Path(f"{out}.md")]
+    for file in files:
+        check_out(file)
+    rows = table(arms, base)
+    text = as_markdown(rows, base)
+    print(text)
+    if base not in arms:
+        print(f"no arm is called {base}, so there is no acceleration; --base takes one of {', '.join(arms)}")
+    curves = {
+        name: {"seeds": arm.seeds, "targeted": arm.targeted.tolist(), "untargeted": arm.untargeted.tolist()}
+        | {axis: values.tolist() for axis, values in arm.costs.items()}
+        for name, arm in arms.items()
+    }
+    cropi.write_json(files[0], {"base": base, "table": rows, "curves": curves})
+    with whole_file(files[1]) as temporary:
+        draw(arms, base).savefig(temporary, dpi=110, format="png")
+    write_markdown(files[2], out.name, text)
+    print(", ".join(map(str, files)))
+    return rows
+
+
+if __name__ == "__main__":
+    command_line(app)

@@ -1,0 +1,170 @@
+"""The study: runs are reused, gone on with and never mixed; the formulas of the comparison against worked numbers."""
+
+import doctest
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import scipy.stats
+from conftest import ROOT, digests
+
+sys.path.insert(0, str(ROOT / "bench"))
+
+import ablate
+import compare
+
+from rollout import BadInput
+
+
+def test_worked_examples():
+    assert doctest.testmod(compare).attempted == 3
+    assert doctest.testmod(compare).failed == 0
+
+
+def arm(curves, seconds=10.0, offline=0.0, scoring=0.0):
+    """Runs whose stages have 20 steps and cost the given seconds each."""
+    curves = np.atleast_2d(curves)
+    evaluations = [{"steps": 0, "seconds_rollout": offline, "trajectories_offline": 500 * (offline > 0)}]
+    for stage in range(1, curves.shape[1]):
+        evaluations.append({"steps": 20 * stage, "seconds_scoring": scoring, "seconds_training": seconds})
+        evaluations[-1]["trajectories_training"] = 1000
+    costs = {axis: np.array([compare.cost(evaluations, axis)] * len(curves)) for axis in compare.COSTS}
+    return compare.Arm(list(range(len(curves))), curves, 0 * curves, costs)
+
+
+def test_acceleration_by_hand():
+    full = arm([0.2, 0.3, 0.4, 0.5, 0.6])  # reaches its best, 0.6, at step 80, after 40 s and 4,000 trajectories
+    # 0.6 is half-way between 0.4 and 0.8: 10 steps into the second stage, at 30; 3 + 2 (4 + 10) less 5 s; 2,000
+    fast = arm([0.2, 0.4, 0.8, 0.8, 0.9], offline=3, scoring=4)
+    every = np.arange(1), np.arange(1)
+    found = compare.accelerations(full, fast, every)
+    assert found == pytest.approx({"steps": 80 / 30, "trajectories": 4000 / 2000, "seconds": 40 / 26})
+    assert compare.accelerations(full, full, every) == pytest.approx(dict.fromkeys(compare.COSTS, 1.0))
+    slow = arm([0.2, 0.3, 0.4, 0.4, 0.5])
+    assert max(compare.accelerations(full, slow, every).values()) < 1e-6
+    assert "never" in compare.as_markdown(compare.table({"full": full, "slow": slow}, "full"), "full")
+
+
+def test_a_level_counts_where_it_is_kept():
+    """0.62 on the way to 0.5 is not 0.6 reached; the least-squares non-decreasing curve is worked by hand."""
+    np.testing.assert_allclose(compare.smoothed(np.array([0.2, 0.62, 0.5, 0.5, 0.7])), [0.2, 0.54, 0.54, 0.54, 0.7])
+    full = arm([0.2, 0.3, 0.4, 0.5, 0.6])
+    lucky = arm([0.2, 0.62, 0.5, 0.5, 0.7])  # 0.6 is 0.06 / 0.16 of the way in the last stage
+    found = compare.accelerations(full, lucky, (np.arange(1), np.arange(1)))
+    assert found["steps"] == pytest.approx(80 / (60 + 20 * 0.06 / 0.16))
+
+
+def test_intervals_are_those_of_scipy():
+    random = np.random.default_rng(1)
+    values = random.normal(0.5, 0.02, (5, 3))
+    mean, half = compare.mean_interval(values)
+    for column in range(3):
+        low, high = scipy.stats.ttest_1samp(values[:, column], 0).confidence_interval(0.95)
+        assert (mean[column] - half[column], mean[column] + half[column]) == pytest.approx((low, high))
+    base = arm(np.linspace(0.2, 0.5, 5) + random.normal(0, 0.02, (5, 5)))
+    fast = arm(np.linspace(0.2, 1.0, 5) + random.normal(0, 0.02, (5, 5)), offline=5)
+
+    def acceleration(one, other):
+        return compare.accelerations(base, fast, (one, other))["seconds"]
+
+    low, high = scipy.stats.bootstrap(
+        (np.arange(5), np.arange(5)), acceleration, n_resamples=2000, vectorized=False, method="percentile", rng=2
+    ).confidence_interval
+    point, ours_low, ours_high = compare.with_interval(base, fast)["seconds"]
+    assert low < point < high
+    assert (ours_low, ours_high) == pytest.approx((low, high), rel=0.02)
+    again = arm(np.tile(base.targeted[:1], (3, 1))), arm(np.tile(fast.targeted[:1], (3, 1)))
+    point, low, high = compare.with_interval(*again)["steps"]  # seeds that agree leave nothing to doubt
+    assert point == pytest.approx(low) == pytest.approx(high)
+
+
+SETTINGS = ["train.steps=1", "train.batch_prompts=8", "valid.samples=4", "test.samples=2", "project.k=64"]
+
+
+def study(world, *words):
+    """The command line of a study of seconds."""
+    files = [f"--{kind}={world}/{kind}-{name}.jsonl" for kind, name in (("valid", "rev"), ("test", "rev"))]
+    run = [f"--train={world}/train.jsonl", *files, f"--test={world}/test-untargeted.jsonl"]
+    run += [word for setting in SETTINGS for word in ("--set", setting)]
+    ours = ["--seeds", "2", "--stages", "2", "--arm", "influence=", "--arm", "full=--selector full"]
+    return [sys.executable, "bench/ablate.py", *ours, "--out", str(world / "study"), *words, "--", *run]
+
+
+def test_a_killed_study_goes_on_and_nothing_else_is_mixed_in(small_world):
+    out = small_world / "study"
+    killed = subprocess.Popen(study(small_world), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not (out / "full-0" / "rollouts" / "summary.json").exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    killed.send_signal(signal.SIGKILL)
+    killed.wait()
+    before = digests(out / "influence-0", "stage-*/*")
+    assert "stage-01/summary.json" in before and not (out / "full-0" / "report.json").exists()
+
+    done = subprocess.run(study(small_world), cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    runs = ["full-0", "full-1", "influence-0", "influence-1"]
+    assert sorted(path.parent.name for path in out.glob("*/report.json")) == runs
+    assert digests(out / "influence-0", "stage-*/*") == before
+    assert "stage 2 of 2 (done before)" in (out / "influence-0.log").read_text()
+
+    rows = compare.compare([out])
+    assert {row["arm"]: row["seeds"] for row in rows} == {"full": 2, "influence": 2}
+    reports = {run: json.loads((out / run / "report.json").read_text()) for run in runs}
+    for row in rows:
+        finals = [reports[f"{row['arm']}-{seed}"]["evaluations"][-1]["accuracy"]["rev"] for seed in (0, 1)]
+        assert row["final"][0] == pytest.approx(np.mean(finals))
+        # 2 steps of 8 prompts x 8; or offline ones, then 2 steps of the 6 prompts that are 10% of 60
+        trajectories = 2 * 8 * 8 if row["arm"] == "full" else 60 * 8 + 12 * 4 + 2 * 6 * 8
+        assert row["trajectories"][0] == trajectories
+        spent = [
+            sum(e.get(f"seconds_{what}", 0) for e in reports[f"{row['arm']}-{seed}"]["evaluations"] for what in booked)
+            for seed in (0, 1)
+            for booked in [("rollout", "scoring", "training")]
+        ]
+        assert row["seconds"][0] == pytest.approx(np.mean(spent))
+    assert (out / "comparison.png").stat().st_size > 10_000
+    assert json.loads((out / "comparison.json").read_text())["table"] == rows
+
+    everything = digests(out, "**/*")
+    refused = subprocess.run(study(small_world, "--stages", "1"), cwd=ROOT, capture_output=True, text=True)
+    assert refused.returncode == 2 and "study was begun with --stages 2" in refused.stderr
+    command = study(small_world)
+    common = command[command.index("--") + 1 :]
+    for options, arms, says in (
+        (["--frac", "0.2"], ["full=--selector full"], "study was begun with .* for all runs"),
+        (common, ["full=--selector random"], "its arm full was begun as '--selector full'"),
+        (common, ["full=", "full="], "not NAME=OPTIONS with a new NAME"),
+        (common, ["a/b="], "not NAME=OPTIONS"),
+        (common, ["x='"], "No closing quotation"),
+        (common, ["x=--seed=3"], "are set here"),
+    ):
+        with pytest.raises(BadInput, match=says):
+            ablate.ablate(options, arms, seeds=2, stages=2, out=out)
+    assert digests(out, "**/*") == everything
+    # a run of another making in an arm's place
+    settings = json.loads((out / "full-1" / "run.json").read_text())
+    settings["settings"]["frac"] = 0.3
+    (out / "full-1" / "run.json").write_text(json.dumps(settings))
+    with pytest.raises(BadInput, match="full-1 was begun with another --frac"):
+        ablate.ablate(common, ["full=--selector full"], seeds=2, stages=2, out=out)
+    with pytest.raises(BadInput, match=r"full-1 and .*full-0 differ in more than the seed: --frac"):
+        compare.compare([out])
+    (out / "influence-1" / "report.json").unlink()
+    with pytest.raises(BadInput, match="influence-1 is not finished"):
+        compare.compare([out / "influence-0", out / "influence-1"])
+    with pytest.raises(BadInput, match="no run here"):
+        compare.compare([small_world])
+
+
+def test_the_table_replaces_what_is_between_its_marks(tmp_path):
+    file = tmp_path / "results.md"
+    file.write_text("before\n<!-- tries -->\nold\n<!-- /tries -->\nafter\n")
+    compare.write_markdown(file, "tries", "new\n")
+    assert file.read_text() == "before\n<!-- tries -->\nnew\n<!-- /tries -->\nafter\n"
+    compare.write_markdown(file, "other", "all of it\n")
+    assert file.read_text() == "all of it\n"
