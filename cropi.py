@@ -181,6 +181,7 @@ class Curriculum:
         """Begin the folder, or check that it was begun with the same settings."""
         options = {"pool": "train", "valid_sets": "valid", "test_sets": "test", "settings": "set"}
         settings = {options.get(name, name): describe(value) for name, value in vars(self).items() if name != "out"}
+        settings["curriculum"] = type(self).__name__  # a study may bring a subclass
         file = self.out / "run.json"
         if file.is_file() and load_json(self.out / "rollouts" / "summary.json"):
             found = load_json(file)
@@ -292,7 +293,7 @@ class Curriculum:
             "chosen": len(tensors["ranked"]),
             "reward": float(np.mean([line["reward"] for line in log])),
             "accuracy": accuracy,
-            "diagnostics": metadata["diagnostics"],
+            "diagnostics": metadata["diagnostics"] if self.selection(stage).parent == self.folder(stage) else {},
             "trajectories_training": sum(line["trajectories"] for line in log),
             **cost,
             "seconds_scoring": scored - clock,

@@ -268,7 +268,7 @@ def train(
     initial_model: Annotated[Path | None, typer.Option(help="Initial policy, for KL.  [default: --model]")] = None,
     optimizer: Annotated[Path | None, typer.Option(help="Optimizer state to go on from.  [default: fresh]")] = None,
     data: Annotated[Path, typer.Option(help="jsonl file that the selection points into.")] = TOY / "train.jsonl",
-    steps: Annotated[int, typer.Option(min=1, help="Batches of rollouts.")] = 20,
+    steps: Annotated[int, typer.Option(min=1, help="Batches of rollouts.")] = 40,
     batch_prompts: Annotated[int, typer.Option(min=1, help="P, prompts per step.")] = 64,
     samples: Annotated[int, typer.Option(min=2, help="K, completions per prompt.")] = 8,
     iterations: Annotated[int, typer.Option(min=1, help="Updates per batch of rollouts (GRPO's mu).")] = 1,

@@ -1,7 +1,7 @@
 """The study: arms × seeds, each a run of cropi.py, one after another.
 
     python bench/ablate.py                  # seven arms, five seeds, eight stages: about 45 minutes on two cores
-    python bench/ablate.py --quick          # three arms, three seeds, four stages: about five
+    python bench/ablate.py --quick          # three arms, three seeds, four stages of 20 steps: about five
     python bench/ablate.py --arm "full=--selector full" --arm "hot=--set train.lr=2e-4" --seeds 2 -- --frac 0.2
     python bench/compare.py runs/study      # then: table, figure, acceleration
 
@@ -63,7 +63,11 @@ class Log:
 
 
 def read_arms(texts: list[str]) -> dict[str, list[str]]:
-    """["hot=--set train.lr=2e-4"] -> {"hot": ["--set", "train.lr=2e-4"]}."""
+    """["hot=--set train.lr=2e-4"] -> {"hot": ["--set", "train.lr=2e-4"]}.
+
+    Raises:
+        BadInput: not of that form, or a name twice.
+    """
     arms = {}
     for text in texts:
         name, equals, options = text.partition("=")
@@ -90,7 +94,8 @@ def ablate(
     out: Annotated[Path | None, typer.Option(help="Folder of the study.  [default: runs/study]")] = None,
 ) -> None:
     seeds, stages = seeds or (3 if quick else 5), stages or (4 if quick else 8)
-    out, common = out or Path("runs") / ("quick" if quick else "study"), common or []
+    out = out or Path("runs") / ("quick" if quick else "study")
+    common = (["--set", "train.steps=20"] if quick else []) + (common or [])
     arms = read_arms(arm or [f"{name}={options}" for name, options in ARMS.items() if name in QUICK or not quick])
     given = {word.partition("=")[0] for options in (common, *arms.values()) for word in options}
     require(not given & {"--seed", "--out"}, "--seed and --out of each run are set here; there are --seeds and --out")
@@ -103,21 +108,27 @@ def ablate(
     for name in set(arms) & set(found["arms"]):
         was = shlex.join(found["arms"][name])
         require(found["arms"][name] == arms[name], f"{out}: its arm {name} was begun as '{was}'; choose another name")
+    command = typer.main.get_command(cropi.app).commands["run"]
+    for name, options in arms.items():  # a slip in the last arm is to be known before the first has run
+        try:
+            cropi.parse_settings(command.make_context("run", [*common, *options]).params["assignments"] or [])
+        except (BadInput, typer.BadParameter.__base__) as error:
+            raise BadInput(f"arm {name}: {getattr(error, 'message', error)}") from None
     cropi.write_json(file, found | {"arms": found["arms"] | arms})
 
     load_model(cropi.TOY / "model")  # transformers imports the model's code now, not on the clock of the first run
-    command = typer.main.get_command(cropi.app)
     shown = "{desc}: {percentage:3.0f}%|{bar}| {n:.1f} of {total} runs [{elapsed}<{remaining}]"
     with tqdm(total=len(arms) * seeds, bar_format=shown, disable=None) as bar:
         for seed in range(seeds):  # all arms of a seed before the next, so that a slow hour of the machine hits all
-            for name, options in arms.items():
+            names = list(arms)[seed % len(arms) :] + list(arms)[: seed % len(arms)]  # and none is always the first
+            for name, options in ((name, arms[name]) for name in names):
                 bar.set_description(f"{name}, seed {seed}")
-                words = ["run", "--stages", str(stages), *common, *options]  # the last of an option given twice holds
+                words = ["--stages", str(stages), *common, *options]  # of --stages given twice, the last holds
                 words += ["--seed", str(seed), "--out", str(out / f"{name}-{seed}")]
                 with open(out / f"{name}-{seed}.log", "a") as file:
                     log = Log(file, bar)
                     with redirect_stdout(log), redirect_stderr(log):
-                        command.main(words, "cropi.py", standalone_mode=False)
+                        command.invoke(command.make_context("cropi.py", words))
     print(f"{out}: {len(arms)} arms, {seeds} seeds each; next: python bench/compare.py {out}")
 
 

@@ -1,8 +1,8 @@
 """Is the ranking by stored trajectories still that of the current policy? Estimator by estimator, stage by stage.
 
-    python bench/drift.py            # about twenty minutes on two cores; needs (or first makes) the default runs
+    python bench/drift.py            # about twenty minutes on two cores; needs (or first makes) its runs
 
-For the policies after 0, 1, 2, 4 and 8 stages of the default run: the prompts that influence selects (240 of 2,400)
+For the policies after 0, 1, 2, 4 and 8 stages of 20 steps: the prompts that influence selects (240 of 2,400)
 from the first policy's trajectories, for each of project.py's `--ratio`, are compared with those that it selects from
 fresh trajectories of the policy itself, many of them (`--fresh` for each training and validation prompt), twice:
 
@@ -144,8 +144,9 @@ if __name__ == "__main__":
     table = []
     pairs = [(seed, stage) for seed in range(arguments.seeds) for stage in STAGES]
     for seed, stage in tqdm(pairs, desc="drift", unit="policy"):
-        run = arguments.runs / f"influence-{seed}"
-        command = [sys.executable, str(ROOT / "cropi.py"), "run", "--seed", str(seed), "--out", str(run)]
+        run = arguments.runs / f"influence-20-steps-{seed}"
+        command = [sys.executable, str(ROOT / "cropi.py"), "run", "--seed", str(seed), "--set", "train.steps=20"]
+        command += ["--out", str(run)]
         subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)  # whole runs are left as they are
         folder = arguments.runs / f"drift-{arguments.fresh}" / f"{seed}-{stage}"
         done = folder / "agreement.json"

@@ -1,8 +1,8 @@
 """Does influence predict? One small gradient step on one prompt alone, against the influence predicted for it.
 
-    python bench/one_step.py            # about five minutes on two cores; needs (or first makes) the default run
+    python bench/one_step.py            # about five minutes on two cores; needs (or first makes) its run
 
-For 400 of the live training prompts x and the policies θ before and after two stages of the default run: from the same
+For 400 of the live training prompts x and the policies θ before and after two stages of 20 steps: from the same
 θ each time, θ' = θ + η g, with g the plain policy gradient of x alone from 64 fresh trajectories of θ. What the step
 does to the validation objective J_V, the expected reward on a validation set, is computed exactly: but for pad tokens,
 which decoding drops, each prompt of the toy has one right completion, the answer and the end token, so its expected
@@ -193,8 +193,8 @@ if __name__ == "__main__":
     parser.add_argument("--prompts", type=int, default=400)
     parser.add_argument("--runs", type=Path, default=ROOT / "runs", help="folder of the runs")
     arguments = parser.parse_args()
-    run = arguments.runs / "influence-0"
-    command = [sys.executable, str(ROOT / "cropi.py"), "run", "--out", str(run)]
+    run = arguments.runs / "influence-20-steps-0"
+    command = [sys.executable, str(ROOT / "cropi.py"), "run", "--set", "train.steps=20", "--out", str(run)]
     subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)  # a whole run is left as it is
     studies = {stage: study(run, stage, arguments.prompts) for stage in STAGES}
     table, checks = [], {}

@@ -1,10 +1,10 @@
 """What the projection keeps of the ranking, and what it costs. The figure the paper's code could not draw.
 
-    python bench/projection.py               # about forty minutes on two cores; needs (or first makes) the default run
+    python bench/projection.py               # about forty minutes on two cores; needs (or first makes) its run
     python bench/projection.py --only speed  # or precision, or scale: one part, the others stay as they are
 
 precision  Cosines with the mean validation gradient, from sketches, against those from exact full gradients (autograd,
-           all parameters, prompt by prompt), on the policy after two stages of the default run, with the first policy's
+           all parameters, prompt by prompt), on the policy after two stages of 20 steps, with the first policy's
            trajectories: overlap of the top 10% of the live prompts and rank correlation, means over two validation sets
            and over projection seeds. Over the sparse ratio r and the dimensions k:
 
@@ -412,8 +412,8 @@ if __name__ == "__main__":
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--runs", type=Path, default=ROOT / "runs", help="folder of the runs")
     arguments = parser.parse_args()
-    run = arguments.runs / "influence-0"
-    command = [sys.executable, str(ROOT / "cropi.py"), "run", "--out", str(run)]
+    run = arguments.runs / "influence-20-steps-0"
+    command = [sys.executable, str(ROOT / "cropi.py"), "run", "--set", "train.steps=20", "--out", str(run)]
     subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)  # a whole run is left as it is
     file = ROOT / "docs" / "projection.json"
     result = json.loads(file.read_text()) if file.exists() else {}

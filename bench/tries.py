@@ -22,14 +22,14 @@ import cropi
 import train
 from rollout import TENSORS, Trajectories, open_trajectories, save_tensors
 
-ARMS = [  # 8 stages of 20 steps, or 80 steps
-    "full=--selector full",
-    "influence=",
-    "rollout-4=--stages 4 --set rollout.samples=4",
-    "valid-8=--set valid.samples=8",
+ARMS = [  # to be compared with 8 stages of 20 steps, or at 80 steps with their first half
+    "full=--selector full --set train.steps=20",
+    "influence=--set train.steps=20",
+    "rollout-4=--stages 4 --set train.steps=20 --set rollout.samples=4",
+    "valid-8=--set train.steps=20 --set valid.samples=8",
     "steps-10=--set train.steps=10",
     "steps-40=--stages 4 --set train.steps=40",
-    "valid-8-steps-40=--stages 4 --set valid.samples=8 --set train.steps=40",
+    "valid-8-steps-40=--stages 4 --set train.steps=40 --set valid.samples=8",
 ]
 Groups = dict[int, tuple[Trajectories, range]]  # prompt_index -> where its trajectories are
 
@@ -164,4 +164,9 @@ if __name__ == "__main__":
     ablate.ablate([], ARMS, seeds=arguments.seeds, out=arguments.out)
     train.sample_trajectories = keep_latest(train.sample_trajectories)
     for name, (cropi.Curriculum, stages) in VARIANTS.items():
-        ablate.ablate([], [f"{name}=--refresh-every 1 --stages {stages}"], seeds=arguments.seeds, out=arguments.out)
+        ablate.ablate(
+            [],
+            [f"{name}=--refresh-every 1 --stages {stages} --set train.steps=20"],
+            seeds=arguments.seeds,
+            out=arguments.out,
+        )

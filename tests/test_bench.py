@@ -16,8 +16,12 @@ sys.path.insert(0, str(ROOT / "bench"))
 
 import ablate
 import compare
+import tries
 
-from rollout import BadInput
+import cropi
+import rollout
+import train
+from rollout import BadInput, open_tensors
 
 
 def test_worked_examples():
@@ -159,6 +163,56 @@ def test_a_killed_study_goes_on_and_nothing_else_is_mixed_in(small_world):
         compare.compare([out / "influence-0", out / "influence-1"])
     with pytest.raises(BadInput, match="no run here"):
         compare.compare([small_world])
+
+
+def test_groups_of_two_files_become_one(small_world):
+    data, files = small_world / "train.jsonl", [small_world / name for name in ("a", "b", "c")]
+    one, other = (rollout.rollout(out=files[seed], data=data, seed=seed, samples=3) for seed in (0, 1))
+    groups = {i: (stored, stored.groups()[i]) for i, stored in ((7, other), (2, one), (59, one))}
+    groups[3] = one, one.groups()[3][:1]
+    tries.save_groups(files[2], groups, one.metadata)
+    made = rollout.open_trajectories(files[2])
+    assert {i: len(rows) for i, rows in made.groups().items()} == {2: 3, 3: 1, 7: 3, 59: 3}
+    for i, rows in made.groups().items():
+        stored, before = groups[i]
+        for m, n in zip(rows, before, strict=True):
+            for name, offsets in (("tokens", "offsets"), ("behavior_logps", "logp_offsets")):
+                ours, theirs = (
+                    getattr(t, name)[getattr(t, offsets)[row] : getattr(t, offsets)[row + 1]]
+                    for t, row in ((made, m), (stored, n))
+                )
+                assert len(ours) and np.array_equal(ours, theirs)
+            for name in ("prompt_length", "rewards", "prompt_index", "truncated"):
+                assert getattr(made, name)[m] == getattr(stored, name)[n]
+
+
+@pytest.mark.parametrize("name", list(tries.VARIANTS))
+def test_every_try_scores_what_it_says(small_world, monkeypatch, name):
+    monkeypatch.setattr(cropi, "Curriculum", tries.VARIANTS[name][0])
+    monkeypatch.setattr(train, "sample_trajectories", tries.keep_latest(train.sample_trajectories))
+    files = {kind: [small_world / f"{kind}-rev.jsonl"] for kind in ("valid", "test")}
+    out, pool = small_world / "run", small_world / "train.jsonl"
+    cropi.run(pool=pool, **files, stages=2, refresh_every=1, assignments=SETTINGS, out=out)
+    first, second = (rollout.open_trajectories(out / f / "rollouts/train.safetensors") for f in (".", "stage-01"))
+    valid = [rollout.digest(out / f / "rollouts/valid-rev.safetensors") for f in (".", "stage-01")]
+    assert (valid[0] == valid[1]) == (name != "fresh-validation")
+    if name in ("screened", "random-half"):
+        whole = rollout.open_trajectories(out / "rollouts" / "all.safetensors")
+        live = [set(t.live_groups()) for t in (whole, first, second)]
+        assert live[1] < live[0] and live[2] < live[0]
+        assert (live[1] == live[2]) == (name == "screened")
+        if name == "screened":
+            off = {i: abs(rate - 0.5) for i, rate in whole.pass_rates().items()}
+            assert len(live[1]) == len(live[0]) // 2
+            assert max(off[i] for i in live[1]) <= min(off[i] for i in live[0] - live[1])
+    else:
+        chosen = open_tensors(out / "stage-00" / "selection.safetensors", "selection")[0]["ranked"].tolist()
+        logps = [
+            {i: t.behavior_logps[t.logp_offsets[r.start] : t.logp_offsets[r.stop]] for i, r in t.groups().items()}
+            for t in (first, second)
+        ]
+        changed = [i for i in range(60) if not np.array_equal(logps[0][i], logps[1][i])]
+        assert sorted(changed) == (sorted(chosen) if name == "own-trajectories" else [])
 
 
 def test_the_table_replaces_what_is_between_its_marks(tmp_path):
