@@ -9,18 +9,23 @@ offline rollouts, of scoring and selection, and of training; not those of evalua
 What a stage needs before its first step moves the clock on while the accuracy stands still. Within training, cost and
 accuracy are taken to be linear between two evaluations.
 
-    smoothed      the mean curve over the seeds, made non-decreasing (isotonic regression): a level counts where it is
-                  reached and kept
-    target        the best of the base arm's (full data's) smoothed curve
+    smoothed      the mean curve over the seeds, made non-decreasing (isotonic regression): a peak counts only as far as
+                  what follows it keeps the average up
+    target        the best, that is the last, of the base arm's (full data's) smoothed curve
     acceleration  cost at which the base arm first reaches the target / cost at which the arm does
 
-Intervals are 95%: of means over seeds by Student's t, of accelerations by bootstrap over seeds (2,000 times; each arm's
-seeds are drawn apart, and the target is set anew each time). An arm that does not reach the target has "never", which
-counts as an acceleration of 0.
+A curve that bends downwards lies above its chords: the coarser the evaluations of an arm, the later it seems to reach a
+level.
 
-Prints the table and writes OUT.json (the table, and the curves seed by seed), OUT.png and OUT.md. Where OUT.md, or the
-file that --markdown names, has the lines `<!-- NAME -->` and `<!-- /NAME -->`, NAME being that of OUT, only what is
-between them is replaced.
+Intervals are 95%: of means over seeds by Student's t; of accelerations by bootstrap, from 10,000 draws of each arm's
+seeds with replacement. The plain percentile interval is too narrow for a few seeds, so its tails are those of Student's
+t as well (the expanded percentile interval of Hesterberg, What Teachers Should Know About the Bootstrap, 2015): with
+five seeds, nearly the lowest and the highest of all draws. An arm that does not reach the target within its steps has
+"never", which counts as an acceleration of 0.
+
+Prints the table and writes OUT.json (the table, and the curves seed by seed), OUT.png and OUT.md. The table stands
+between the lines `<!-- NAME -->` and `<!-- /NAME -->`, NAME being that of OUT, and in a file that is there already only
+what is between them is replaced.
 """
 
 import itertools
@@ -35,15 +40,16 @@ import numpy as np
 import typer
 from matplotlib.figure import Figure
 from scipy.optimize import isotonic_regression
+from scipy.stats import norm
 from scipy.stats import t as student
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import cropi  # noqa: E402
-from rollout import check_out, command_line, new_app, require, whole_file  # noqa: E402
+from rollout import FORMAT, check_out, command_line, new_app, require, whole_file  # noqa: E402
 
-DRAWS = 2000
+DRAWS = 10_000
 # axis -> what a stage pays before its first step, and what it pays while it trains
 COSTS = {
     "steps": ((), "steps"),
@@ -105,27 +111,30 @@ def cost_at(target: float, curve: np.ndarray, cost: np.ndarray) -> float:
 
 
 def accelerations(base: Arm, arm: Arm, picked: tuple[np.ndarray, np.ndarray]) -> dict[str, float]:
-    """Axis -> acceleration, on the means over the given rows of the base arm and of the arm."""
+    """Axis -> acceleration, on the means over the given rows of the base arm and of the arm; NaN if the base has not
+    learned anything, or the arm was there from the start."""
     one, other = smoothed(base.targeted[picked[0]].mean(0)), smoothed(arm.targeted[picked[1]].mean(0))
     found = {}
     for axis in COSTS:
         spent = cost_at(one[-1], one, base.costs[axis][picked[0]].mean(0))
-        found[axis] = spent / max(cost_at(one[-1], other, arm.costs[axis][picked[1]].mean(0)), 1e-9)
+        needed = cost_at(one[-1], other, arm.costs[axis][picked[1]].mean(0))
+        found[axis] = spent / needed if spent and needed else np.nan
     return found
 
 
 def with_interval(base: Arm, arm: Arm) -> dict[str, list[float]]:
-    """Axis -> acceleration, and its 2.5 and 97.5 percentiles over draws of seeds."""
+    """Axis -> acceleration and its interval; without interval for a single seed, and for the base arm itself."""
     every = np.arange(len(base.seeds)), np.arange(len(arm.seeds))
-    point = accelerations(base, arm, every)
-    if base is arm:
-        return {axis: [1.0, 1.0, 1.0] for axis in COSTS}
-    random = np.random.default_rng(0)
-    draws = [accelerations(base, arm, tuple(random.choice(a, len(a)) for a in every)) for _ in range(DRAWS)]
-    return {
-        axis: [value, *np.percentile([draw[axis] for draw in draws], [2.5, 97.5]).tolist()]
-        for axis, value in point.items()
-    }
+    found = {axis: [value] for axis, value in accelerations(base, arm, every).items()}
+    runs = min(map(len, every))
+    if runs > 1 and base is not arm:
+        random = np.random.default_rng(0)
+        draws = [accelerations(base, arm, tuple(random.choice(a, len(a)) for a in every)) for _ in range(DRAWS)]
+        tail = norm.cdf(-student.ppf(0.975, runs - 1) * (runs / (runs - 1)) ** 0.5)  # towards 0.025 for many runs
+        for axis, values in found.items():
+            drawn = [draw[axis] for draw in draws]
+            values += np.quantile(drawn, [tail, 1 - tail], method="nearest").tolist()
+    return found
 
 
 def mean_interval(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -140,12 +149,13 @@ def mean_interval(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def find_runs(paths: list[Path]) -> list[Path]:
-    """The run folders among the paths and directly below them."""
+    """The run folders among the paths and directly below them; other files (a study's logs) are passed over."""
     runs = []
     for path in paths:
         below = [path] if (path / "run.json").is_file() else sorted(file.parent for file in path.glob("*/run.json"))
-        require(bool(below), f"{path}: no run here (a folder with run.json)")
+        require(bool(below) or path.is_file(), f"{path}: no run here (a folder with run.json)")
         runs += below
+    require(bool(runs), f"no run among {', '.join(map(str, paths))}")
     return list(dict.fromkeys(runs))
 
 
@@ -158,8 +168,11 @@ def read_arms(paths: list[Path]) -> dict[str, Arm]:
     """
     found: dict[str, list[tuple[int, Path, dict, dict]]] = {}
     for path in paths:
-        settings, report = cropi.load_json(path / "run.json")["settings"], cropi.load_json(path / "report.json")
+        begun, report = cropi.load_json(path / "run.json"), cropi.load_json(path / "report.json")
+        require(begun["format"] == FORMAT, f"{path} was made by another version of the scripts ({begun['format']})")
         require(report is not None, f"{path} is not finished (it has no report.json); run its command again")
+        require(bool(report["targeted"]), f"{path} has no targeted test set (one with the name of a validation set)")
+        settings = begun["settings"]
         seed = settings.pop("seed")
         found.setdefault(re.sub(rf"-{seed}$", "", path.name), []).append((seed, path, settings, report))
     first = next(iter(found.values()))[0]
@@ -167,16 +180,22 @@ def read_arms(paths: list[Path]) -> dict[str, Arm]:
     for name, runs in found.items():
         for _, path, settings, report in runs:
             _, other, others, _ = runs[0]
-            changed = [f"--{option}" for option in settings if settings[option] != others.get(option)]
-            require(not changed, f"{path} and {other} differ in more than the seed: {', '.join(changed)}")
-            for option in ("model", "test"):
-                same = settings[option] == first[2][option] and settings["set"]["test"] == first[2]["set"]["test"]
-                require(same, f"{path} was evaluated with another --{option} or other test options than {first[1]}")
+            changed = [option for option in others | settings if settings.get(option) != others.get(option)]
+            changed = ", ".join(f"--{option.replace('_', '-')}" for option in changed)
+            require(not changed, f"{path} and {other} differ in more than the seed: {changed}")
+            for thing, one, another in (
+                ("--model", settings["model"], first[2]["model"]),
+                ("--test", settings["test"], first[2]["test"]),
+                ("--set test", settings["set"]["test"], first[2]["set"]["test"]),
+                ("choice of targeted test sets", report["targeted"], first[3]["targeted"]),
+            ):
+                require(one == another, f"{path} and {first[1]} cannot be compared: another {thing}")
             stages = [e["steps"] for e in report["evaluations"]]
             same = stages == [e["steps"] for e in runs[0][3]["evaluations"]]
             require(same, f"{path} has other stages or steps than {other}")
         seeds = [run[0] for run in runs]
-        require(len(set(seeds)) == len(seeds), f"{name}: seed {max(seeds, key=seeds.count)} is there twice")
+        twice = [str(path) for seed, path, *_ in runs if seeds.count(seed) > 1]
+        require(not twice, f"{', '.join(twice)}: two runs of one arm and seed; leave one out")
         reports = [run[3] for run in runs]
         arms[name] = Arm(
             seeds,
@@ -187,7 +206,7 @@ def read_arms(paths: list[Path]) -> dict[str, Arm]:
 
 
 def accuracy(report: dict, targeted: bool) -> list[float]:
-    """Mean over the targeted or the other test sets, evaluation by evaluation; NaN where there is none."""
+    """Mean over the targeted or the other test sets, evaluation by evaluation; NaN if there are none."""
     names = [name for name in report["evaluations"][0]["accuracy"] if (name in report["targeted"]) == targeted]
     return [sum(e["accuracy"][name] for name in names) / (len(names) or np.nan) for e in report["evaluations"]]
 
@@ -202,28 +221,38 @@ def table(arms: dict[str, Arm], base: str) -> list[dict]:
         best = np.array([smoothed(curve)[-1] for curve in arm.targeted])
         measured = {"final": arm.targeted[:, -1], "best": best, "untargeted": arm.untargeted[:, -1]}
         measured |= {axis: values[:, -1, 1] for axis, values in arm.costs.items()}
-        row = {"arm": name, "seeds": len(arm.seeds)}
-        row |= {key: [float(value) for value in mean_interval(values)] for key, values in measured.items()}
+        row = {"arm": name, "seeds": len(arm.seeds)} | {key: mean_interval(values) for key, values in measured.items()}
         rows.append(row | {"acceleration": with_interval(arms[base], arm) if base in arms else {}})
-    return rows
+    return without_nan(rows)
+
+
+def without_nan(value: object) -> object:
+    """NaN and infinity, which JSON lacks, as None; arrays as lists."""
+    if isinstance(value, dict):
+        return {key: without_nan(one) for key, one in value.items()}
+    if isinstance(value, (np.ndarray, np.floating)):
+        value = value.tolist()
+    if isinstance(value, (list, tuple)):
+        return [without_nan(one) for one in value]
+    return None if isinstance(value, float) and not np.isfinite(value) else value
 
 
 def as_markdown(rows: list[dict], base: str) -> str:
-    def times(values: list[float] | None) -> str:
-        texts = ["never" if value < 1e-6 else f"{value:.2f}" for value in values or []]
-        return f"{texts[0]} [{texts[1]}, {texts[2]}]" if texts and texts[1] != texts[2] else "".join(texts[:1])
+    def times(values: list[float | None]) -> str:
+        texts = ["–" if value is None else "never" if value == 0 else f"{value:.2f}" for value in values]
+        return texts[0] + (f" [{texts[1]}, {texts[2]}]" if len(set(texts)) > 1 else "") if texts else ""
 
-    def mean(values: list[float], digits: int = 3) -> str:
-        return f"{values[0]:,.{digits}f}" + (f" ± {values[1]:,.{digits}f}" if np.isfinite(values[1]) else "")
+    def mean(values: list[float | None], digits: int = 3) -> str:
+        return " ± ".join(f"{value:,.{digits}f}" for value in values if value is not None)
 
-    head = ["arm", "seeds", "final accuracy", "best", "untargeted, final", f"acceleration over {base} in steps"]
-    head += ["in trajectories", "in seconds", "trajectories in all", "seconds in all"]
-    lines = [head, ["---"] * len(head)]
+    head = ["arm", "seeds", "final accuracy", "best, smoothed", "untargeted, final"]
+    head += [f"acceleration over {base} in steps", "in trajectories", "in seconds"]
+    lines = [[*head, "steps", "trajectories", "seconds"], ["---"] * (len(head) + 3)]
     for row in rows:
         measured = [mean(row[key]) for key in ("final", "best", "untargeted")]
-        faster = [times(row["acceleration"].get(axis)) for axis in COSTS]
-        lines.append([row["arm"], str(row["seeds"]), *measured, *faster, mean(row["trajectories"], 0)])
-        lines[-1].append(mean(row["seconds"], 1))
+        faster = [times(row["acceleration"].get(axis, [])) for axis in COSTS]
+        spent = [mean(row["steps"][:1], 0), mean(row["trajectories"], 0), mean(row["seconds"], 1)]
+        lines.append([row["arm"], str(row["seeds"]), *measured, *faster, *spent])
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
@@ -248,17 +277,17 @@ def draw(arms: dict[str, Arm], base: str) -> Figure:
         panel.set_xlabel(LABELS[axis])
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right upper", fontsize="small")
     seeds = sorted({len(arm.seeds) for arm in arms.values()})
-    figure.suptitle(f"mean and 95% interval over seeds ({' or '.join(map(str, seeds))} runs of each arm)")
+    figure.suptitle(f"mean and 95% interval over seeds (seeds of an arm: {' or '.join(map(str, seeds))})")
     return figure
 
 
-def write_markdown(path: Path, name: str, text: str) -> None:
-    """Between the marks of that name where the file has them, else the whole file."""
-    marks = f"<!-- {name} -->\n", f"<!-- /{name} -->\n"
-    before, begin, rest = (path.read_text() if path.is_file() else "").partition(marks[0])
-    _, end, after = rest.partition(marks[1])
-    with whole_file(path) as temporary:
-        temporary.write_text(before + begin + text + end + after if begin and end else text)
+def place_for(path: Path, name: str) -> tuple[str, str]:
+    """What stands before and after the table in the file, the marks included."""
+    begin, end = f"<!-- {name} -->\n", f"<!-- /{name} -->\n"
+    before, _, rest = (path.read_text() if path.is_file() else begin + end).partition(begin)
+    _, found, after = rest.partition(end)
+    require(bool(found), f"{path} is there and has no place for the table: the lines {begin.strip()} and {end.strip()}")
+    return before + begin, end + after
 
 
 app = new_app()
@@ -277,20 +306,20 @@ def compare(
     files = [out.with_name(out.name + ending) for ending in (".json", ".png")] + [markdown or Path(f"{out}.md")]
     for file in files:
         check_out(file)
+    before, after = place_for(files[2], out.name)
     rows = table(arms, base)
     text = as_markdown(rows, base)
     print(text)
     if base not in arms:
         print(f"no arm is called {base}, so there is no acceleration; --base takes one of {', '.join(arms)}")
-    curves = {
-        name: {"seeds": arm.seeds, "targeted": arm.targeted.tolist(), "untargeted": arm.untargeted.tolist()}
-        | {axis: values.tolist() for axis, values in arm.costs.items()}
-        for name, arm in arms.items()
-    }
-    cropi.write_json(files[0], {"base": base, "table": rows, "curves": curves})
+    else:
+        print(f"target: {smoothed(arms[base].targeted.mean(0))[-1]:.4f}, the best of {base}'s smoothed mean curve")
+    curves = {name: vars(arm) for name, arm in arms.items()}
+    cropi.write_json(files[0], {"base": base, "table": rows, "curves": without_nan(curves)})
     with whole_file(files[1]) as temporary:
         draw(arms, base).savefig(temporary, dpi=110, format="png")
-    write_markdown(files[2], out.name, text)
+    with whole_file(files[2]) as temporary:
+        temporary.write_text(before + text + after)
     print(", ".join(map(str, files)))
     return rows
 

@@ -8,29 +8,30 @@ is also how to try an idea of your own: `offline_rollouts`, asked for before eve
 the stage is scored with.
 """
 
-import argparse
 import os
 import shutil
 import time
 from pathlib import Path
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import ablate  # before all that imports torch
 import numpy as np
+import typer
 
 import cropi
 import train
-from rollout import TENSORS, Trajectories, open_trajectories, save_tensors
+from rollout import TENSORS, Trajectories, command_line, new_app, open_trajectories, require, save_tensors
 
-ARMS = [  # to be compared with 8 stages of 20 steps, or at 80 steps with their first half
-    "full=--selector full --set train.steps=20",
-    "influence=--set train.steps=20",
-    "rollout-4=--stages 4 --set train.steps=20 --set rollout.samples=4",
-    "valid-8=--set train.steps=20 --set valid.samples=8",
-    "steps-10=--set train.steps=10",
-    "steps-40=--stages 4 --set train.steps=40",
-    "valid-8-steps-40=--stages 4 --set train.steps=40 --set valid.samples=8",
-]
+ARMS = {  # to be compared with 8 stages of 20 steps, or with their first 80 steps
+    "full": "--set train.steps=20 --selector full",
+    "influence": "--set train.steps=20",
+    "rollout-4": "--set train.steps=20 --stages 4 --set rollout.samples=4",
+    "valid-8": "--set train.steps=20 --set valid.samples=8",
+    "steps-10": "--set train.steps=10",
+    "steps-40": "--set train.steps=40 --stages 4",
+    "valid-8-steps-40": "--set train.steps=40 --stages 4 --set valid.samples=8",
+}
+Curriculum = cropi.Curriculum
 Groups = dict[int, tuple[Trajectories, range]]  # prompt_index -> where its trajectories are
 
 
@@ -55,7 +56,7 @@ def save_groups(path: Path, groups: Groups, metadata: dict) -> None:
     save_tensors(path, "trajectories", {name: np.ascontiguousarray(tensors[name]) for name in TENSORS}, metadata)
 
 
-class Thinned(cropi.Curriculum):
+class Thinned(Curriculum):
     """Scores a part of the pool. What is left out keeps one trajectory a prompt, so that it is not live."""
 
     def keep(self, stage: int, pool: Trajectories) -> set[int]:
@@ -94,7 +95,7 @@ class RandomHalf(Thinned):
         return set(np.random.default_rng(self.stage_seed(stage)).permutation(prompts)[: prompts // 2].tolist())
 
 
-class FreshValidation(cropi.Curriculum):
+class FreshValidation(Curriculum):
     """Samples the validation sets anew before every stage, the pool never."""
 
     def offline_rollouts(self, stage: int) -> dict:
@@ -110,7 +111,7 @@ class FreshValidation(cropi.Curriculum):
         return {"seconds_rollout": time.perf_counter() - clock, "trajectories_offline": count}
 
 
-class OwnTrajectories(cropi.Curriculum):
+class OwnTrajectories(Curriculum):
     """The last group that training sampled for a prompt takes the place of the stored one."""
 
     latest: ClassVar[Groups] = {}  # of the stage in training
@@ -156,17 +157,29 @@ def keep_latest(sample):
     return sampled
 
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--out", type=Path, default=Path("runs/tries"))
-    arguments = parser.parse_args()
-    ablate.ablate([], ARMS, seeds=arguments.seeds, out=arguments.out)
+app = new_app()
+
+
+@app.command(help=__doc__.splitlines()[0])
+def tries(
+    seeds: Annotated[int, typer.Option(min=1, help="Seeds 0, 1, ...")] = 3,
+    only: Annotated[list[str] | None, typer.Option(help="One of the arms; repeat.  [default: all]")] = None,
+    out: Annotated[Path, typer.Option(help="Folder of the study.")] = Path("runs/tries"),
+) -> None:
+    names = only or [*ARMS, *VARIANTS]
+    strange = ", ".join(set(names) - {*ARMS, *VARIANTS})
+    require(not strange, f"--only {strange}: no such arm; there are {', '.join([*ARMS, *VARIANTS])}")
     train.sample_trajectories = keep_latest(train.sample_trajectories)
-    for name, (cropi.Curriculum, stages) in VARIANTS.items():
-        ablate.ablate(
-            [],
-            [f"{name}=--refresh-every 1 --stages {stages} --set train.steps=20"],
-            seeds=arguments.seeds,
-            out=arguments.out,
-        )
+    for runs in range(1, seeds + 1):  # all arms of a seed before the next; what is done is passed over
+        if arms := [f"{name}={options}" for name, options in ARMS.items() if name in names]:
+            cropi.Curriculum = Curriculum
+            ablate.ablate([], arms, seeds=runs, out=out)
+        for name in VARIANTS:
+            if name in names:
+                cropi.Curriculum, stages = VARIANTS[name]
+                options = f"--refresh-every 1 --stages {stages} --set train.steps=20"
+                ablate.ablate([], [f"{name}={options}"], seeds=runs, out=out)
+
+
+if __name__ == "__main__":
+    command_line(app)
