@@ -73,7 +73,7 @@ else:
 
 METHODS = ("influence", "full", "random", "pass-rate", "learnability")
 # Where to warn. On the bundled world (bench/drift.py; K = 8, answers of up to 8 tokens) the first is crossed after some
-# four stages. From there on the selection shares 0.34, later 0.27 of its prompts with one from many fresh trajectories,
+# 80 steps. From there on the selection shares 0.34, later 0.27 of its prompts with one from many fresh trajectories,
 # where 8 fresh ones a prompt would share 0.52, later 0.43.
 STALE = 0.65  # effective sample size of trajectories
 NOISY = 0.2  # split-half overlap of the top 10%: twice chance; a convention, no run of the bundled world came near it
