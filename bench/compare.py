@@ -39,6 +39,7 @@ from typing import Annotated
 import numpy as np
 import typer
 from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter
 from scipy.optimize import isotonic_regression
 from scipy.stats import norm
 from scipy.stats import t as student
@@ -47,7 +48,15 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import cropi  # noqa: E402
-from rollout import FORMAT, check_out, command_line, new_app, require, whole_file  # noqa: E402
+from rollout import (  # noqa: E402
+    FORMAT,
+    check_out,
+    command_line,
+    new_app,
+    open_trajectories,
+    require,
+    whole_file,
+)
 
 DRAWS = 10_000
 # axis -> what a stage pays before its first step, and what it pays while it trains
@@ -70,6 +79,7 @@ class Arm:
     seeds: list[int]
     targeted: np.ndarray  # (R, S+1) accuracy before the first stage and after each
     untargeted: np.ndarray  # (R, S+1)
+    standard_errors: np.ndarray  # (R, S+1) of the targeted accuracies; NaN where the evaluation's files are gone
     costs: dict[str, np.ndarray]  # axis -> (R, S, 2) at the first and after the last step of each stage, from the start
 
 
@@ -137,6 +147,16 @@ def with_interval(base: Arm, arm: Arm) -> dict[str, list[float]]:
     return found
 
 
+def standard_error(rewards: list[np.ndarray]) -> float:
+    """Of an accuracy, the mean over the test sets' means, from rewards (prompts, samples) of each set. What varies are
+    the prompts: the samples of one are not independent.
+
+    >>> round(standard_error([np.array([[1.0, 1.0], [0.0, 0.0]])]), 3)
+    0.5
+    """
+    return float(sum(np.var(r.mean(1), ddof=1) / len(r) for r in rewards) ** 0.5 / len(rewards))
+
+
 def mean_interval(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Mean over R seeds and half the width of its 95% interval, (R, .) -> (.,) twice; NaN with a single seed."""
     runs = len(values)
@@ -200,6 +220,7 @@ def read_arms(paths: list[Path]) -> dict[str, Arm]:
         arms[name] = Arm(
             seeds,
             *(np.array([accuracy(report, targeted) for report in reports]) for targeted in (True, False)),
+            np.array([standard_errors(path, report) for _, path, _, report in runs]),
             {axis: np.array([cost(report["evaluations"], axis) for report in reports]) for axis in COSTS},
         )
     return dict(sorted(arms.items(), key=lambda item: -item[1].targeted[:, -1].mean()))
@@ -209,6 +230,19 @@ def accuracy(report: dict, targeted: bool) -> list[float]:
     """Mean over the targeted or the other test sets, evaluation by evaluation; NaN if there are none."""
     names = [name for name in report["evaluations"][0]["accuracy"] if (name in report["targeted"]) == targeted]
     return [sum(e["accuracy"][name] for name in names) / (len(names) or np.nan) for e in report["evaluations"]]
+
+
+def standard_errors(path: Path, report: dict) -> list[float]:
+    """Of the targeted accuracy, evaluation by evaluation, from the trajectories of the run's evaluations."""
+    found = []
+    for stage in range(len(report["evaluations"])):
+        folder = path / (f"stage-{stage - 1:02d}" if stage else "rollouts")
+        files = [folder / f"test-{name}.safetensors" for name in report["targeted"]]
+        whole = all(file.is_file() for file in files)
+        stored = [open_trajectories(file) for file in files] if whole else []
+        rewards = [np.array([s.rewards[rows] for rows in s.groups().values()]) for s in stored]
+        found.append(standard_error(rewards) if whole else np.nan)
+    return found
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -275,6 +309,7 @@ def draw(arms: dict[str, Arm], base: str) -> Figure:
         panels[0].set_ylabel(f"accuracy, {kind} test sets")
     for panel, axis in zip(axes[-1], COSTS, strict=True):
         panel.set_xlabel(LABELS[axis])
+        panel.xaxis.set_major_formatter(EngFormatter(sep=""))  # 200k
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right upper", fontsize="small")
     seeds = sorted({len(arm.seeds) for arm in arms.values()})
     figure.suptitle(f"mean and 95% interval over seeds (seeds of an arm: {' or '.join(map(str, seeds))})")
@@ -314,6 +349,9 @@ def compare(
         print(f"no arm is called {base}, so there is no acceleration; --base takes one of {', '.join(arms)}")
     else:
         print(f"target: {smoothed(arms[base].targeted.mean(0))[-1]:.4f}, the best of {base}'s smoothed mean curve")
+    errors = np.concatenate([arm.standard_errors.flatten() for arm in arms.values()])
+    if np.isfinite(errors).any():
+        print(f"standard error of a point: median {np.nanmedian(errors):.4f}, largest {np.nanmax(errors):.4f}")
     curves = {name: vars(arm) for name, arm in arms.items()}
     cropi.write_json(files[0], {"base": base, "table": rows, "curves": without_nan(curves)})
     with whole_file(files[1]) as temporary:

@@ -25,7 +25,7 @@ from rollout import BadInput, open_tensors
 
 
 def test_worked_examples():
-    assert doctest.testmod(compare).attempted == 3
+    assert doctest.testmod(compare).attempted == 4
     assert doctest.testmod(compare).failed == 0
 
 
@@ -37,7 +37,7 @@ def arm(curves, seconds=10.0, offline=0.0, scoring=0.0):
         evaluations.append({"steps": 20 * stage, "seconds_scoring": scoring, "seconds_training": seconds})
         evaluations[-1]["trajectories_training"] = 1000
     costs = {axis: np.array([compare.cost(evaluations, axis)] * len(curves)) for axis in compare.COSTS}
-    return compare.Arm(list(range(len(curves))), curves, 0 * curves, costs)
+    return compare.Arm(list(range(len(curves))), curves, 0 * curves, np.nan * curves, costs)
 
 
 def test_acceleration_by_hand():
@@ -64,6 +64,9 @@ def test_a_level_counts_where_it_is_kept():
 
 def test_intervals_are_those_of_scipy():
     random = np.random.default_rng(1)
+    rewards = [random.integers(0, 2, (prompts, 4)).astype(float) for prompts in (30, 50)]
+    independent = np.hypot(*(scipy.stats.sem(r.mean(1)) for r in rewards)) / 2
+    assert compare.standard_error(rewards) == pytest.approx(independent)
     values = random.normal(0.5, 0.02, (5, 3))
     mean, half = compare.mean_interval(values)
     for column in range(3):
@@ -145,7 +148,10 @@ def test_a_killed_study_goes_on_and_nothing_else_is_mixed_in(small_world):
         ]
         assert row["seconds"][0] == pytest.approx(np.mean(spent))
     assert (out / "comparison.png").stat().st_size > 10_000
-    assert json.loads((out / "comparison.json").read_text())["table"] == rows
+    written = json.loads((out / "comparison.json").read_text())
+    assert written["table"] == rows
+    rewards = rollout.open_trajectories(out / "full-1" / "stage-01" / "test-rev.safetensors").rewards.reshape(-1, 2)
+    assert written["curves"]["full"]["standard_errors"][1][2] == pytest.approx(scipy.stats.sem(rewards.mean(1)))
 
     everything = digests(out, "**/*")
     refused = subprocess.run(study(small_world, "--stages", "1"), cwd=ROOT, capture_output=True, text=True)
