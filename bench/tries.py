@@ -1,6 +1,6 @@
 """What makes scoring pay for itself? Ways to make it cheaper, or better at no extra rollout, each as an arm of a study.
 
-    python bench/tries.py                 # about 35 minutes on two cores; goes on where it was stopped
+    python bench/tries.py                 # about 25 minutes on two cores; goes on where it was stopped
     python bench/compare.py runs/tries
 
 Most are options of cropi.py (ARMS). Four change what is scored, and stand here as subclasses of cropi.Curriculum, which
