@@ -1,7 +1,7 @@
 """The study: arms × seeds, each a run of cropi.py, one after another.
 
-    python bench/ablate.py                  # seven arms, five seeds, eight stages: about 45 minutes on two cores
-    python bench/ablate.py --quick          # three arms, three seeds, four stages of 20 steps: about five
+    python bench/ablate.py                  # seven arms, five seeds, eight stages: about 40 minutes on two cores
+    python bench/ablate.py --quick          # three arms, three seeds, four stages of 20 steps: about four
     python bench/ablate.py --arm "full=--selector full" --arm "hot=--set train.lr=2e-4" --seeds 2 -- --frac 0.2
     python bench/compare.py runs/study      # then: table, figure, acceleration
 
@@ -106,7 +106,7 @@ def ablate(
     was = shlex.join(found["options"]) or "no options"
     require(found["options"] == common, f"{out} was begun with {was} for all runs; choose a new --out")
     for name in set(arms) & set(found["arms"]):
-        was = shlex.join(found["arms"][name])
+        was = shlex.join(found["arms"][name]) or "no options"
         require(found["arms"][name] == arms[name], f"{out}: its arm {name} was begun as '{was}'; choose another name")
     command = typer.main.get_command(cropi.app).commands["run"]
     for name, options in arms.items():  # a slip in the last arm is to be known before the first has run
@@ -129,6 +129,7 @@ def ablate(
                     log = Log(file, bar)
                     with redirect_stdout(log), redirect_stderr(log):
                         command.invoke(command.make_context("cropi.py", words))
+                tqdm.write(f"{out / f'{name}-{seed}'}: done")
     print(f"{out}: {len(arms)} arms, {seeds} seeds each; next: python bench/compare.py {out}")
 
 

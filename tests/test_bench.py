@@ -89,7 +89,8 @@ def test_intervals_are_those_of_scipy():
     again = arm(np.tile(base.targeted[:1], (3, 1))), arm(np.tile(fast.targeted[:1], (3, 1)))
     point, low, high = compare.with_interval(*again)["steps"]  # seeds that agree leave nothing to doubt
     assert point == pytest.approx(low) == pytest.approx(high)
-    assert len(compare.with_interval(arm([0.2, 0.5]), fast)["steps"]) == 1  # one seed: no interval
+    for seeds in (1, 2):  # too few for an interval
+        assert len(compare.with_interval(base, arm(fast.targeted[:seeds]))["steps"]) == 1
 
 
 def test_no_acceleration_where_there_is_nothing_to_reach():
@@ -100,6 +101,20 @@ def test_no_acceleration_where_there_is_nothing_to_reach():
     slow = arm([0.2, 0.25, 0.3, 0.3])
     rows = compare.table({"full": arm([0.5, 0.6, 0.7, 0.8]), "slow": slow, "better": better}, "full")
     assert [row["acceleration"]["seconds"] for row in rows] == [[1.0], [0.0], [30 / 20]]
+    mostly = arm(np.array([[0.2, 0.3, 0.4, 0.5]] * 4 + [[0.5, 0.2, 0.2, 0.2]]))  # one of its seeds unlearns
+    fast = arm(np.array([[0.2, 0.4, 0.6, 0.8]] * 5))
+    point, low, high = compare.with_interval(mostly, fast)["steps"]  # 1 of 3,125 draws has nothing to reach
+    assert 0 < low < point < high < np.inf
+    never = arm(np.array([[0.5, 0.4, 0.3, 0.2]] * 4 + [[0.2, 0.3, 0.4, 0.5]]))
+    assert len(compare.with_interval(never, fast)["steps"]) == 1
+
+
+def test_the_beginning_of_runs():
+    full, fast = arm([0.2, 0.3, 0.4, 0.4, 0.6]), arm([0.2, 0.4, 0.8, 0.8, 0.9])
+    every = np.arange(1), np.arange(1)
+    found = compare.accelerations(full.first(2), fast.first(2), every)
+    assert found["steps"] == pytest.approx(40 / 20)  # 0.4 is the best of the first two stages
+    assert compare.accelerations(full.first(None), fast.first(None), every)["steps"] == pytest.approx(80 / 30)
 
 
 SETTINGS = ["train.steps=1", "train.batch_prompts=8", "valid.samples=4", "test.samples=2", "project.k=64"]
@@ -189,6 +204,8 @@ def test_a_killed_study_goes_on_and_nothing_else_is_mixed_in(small_world):
     (out / "influence-1" / "report.json").unlink()
     with pytest.raises(BadInput, match="influence-1 is not finished"):
         compare.compare([out / "influence-0", out / "influence-1"])
+    with pytest.raises(BadInput, match="--base fast: no such arm; there is influence"):
+        compare.compare([out / "influence-0"], base="fast")
     with pytest.raises(BadInput, match="no run here"):
         compare.compare([small_world])
 
