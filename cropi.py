@@ -34,6 +34,7 @@ import importlib.util
 import itertools
 import json
 import platform
+import re
 import shlex
 import time
 from collections.abc import Callable
@@ -51,11 +52,16 @@ import train
 from rollout import (
     TOY,
     BadInput,
+    Engine,
+    Limit,
+    Source,
     above_zero,
     check_out,
     command_line,
+    device,
     digest,
     load_prompts,
+    model_folder,
     new_app,
     open_tensors,
     require,
@@ -75,11 +81,15 @@ select = _load_select()
 SCRIPTS = {"rollout": rollout, "project": project, "select": select, "train": train}
 # Whose options `--set` reaches; rollout.py also as it is used on validation and on test sets.
 STAGES = {"rollout": rollout, "valid": rollout, "test": rollout, "project": project, "train": train}
-TOY_VALID = [TOY / f"valid-{name}.jsonl" for name in ("rev", "srt")]
-TOY_TEST = [TOY / f"test-{name}.jsonl" for name in ("rev", "srt", "untargeted")]
+TOY_POOL = Source(TOY / "train.jsonl")
+TOY_VALID = [str(TOY / f"valid-{name}.jsonl") for name in ("rev", "srt")]
+TOY_TEST = [str(TOY / f"test-{name}.jsonl") for name in ("rev", "srt", "untargeted")]
 # Completions per prompt of a validation and of a test set; a training prompt has rollout.py's own 8.
 SAMPLES = {"valid": {"samples": 32}, "test": {"samples": 4}}
-SHARED = ("temperature", "max_tokens", "reward")  # set for `rollout`, these hold for valid, test and train as well
+SHARED = (  # set for `rollout`, these hold for valid, test and train as well
+    *("temperature", "max_tokens", "max_prompt_tokens", "system", "chat", "reward", "reward_seconds", "max_errors"),
+    *("engine", "gpu_memory", "dtype", "limit"),
+)
 OURS = {  # options that the loop itself gives to each script
     *("out", "model", "data", "seed", "trajectories", "gradients", "valid_gradients", "method", "frac"),
     *("selection", "previous", "initial_model", "optimizer"),
@@ -113,6 +123,7 @@ def parse_settings(assignments: list[str]) -> dict[str, dict[str, object]]:
             raise BadInput(f"--set {text}: {error.message}") from None
     for stage in ("valid", "test"):
         settings[stage] = settings["rollout"] | settings[stage]
+    settings["project"] = {o: v for o, v in settings["rollout"].items() if o == "dtype"} | settings["project"]
     shared = {option: value for option, value in settings["rollout"].items() if option in SHARED}
     settings["train"] = shared | settings["train"]
     return settings
@@ -122,7 +133,11 @@ def shell_command(script: str, options: dict) -> str:
     words = ["python", f"{script}.py"]
     for name, value in options.items():
         for one in value if isinstance(value, list) else [value]:
-            words += [] if one is None else [f"--{name.replace('_', '-')}", str(one)]
+            flag = name.replace("_", "-")
+            if isinstance(one, bool):
+                words += [f"--{flag}"] if one else [f"--no-{flag}"]
+            elif one is not None:
+                words += [f"--{flag}", str(one)]
     return shlex.join(words)
 
 
@@ -137,17 +152,28 @@ def write_json(path: Path, content: object) -> None:
         temporary.write_text(json.dumps(content, indent=1) + "\n")
 
 
-def set_names(paths: list[Path], prefix: str) -> dict[str, Path]:
-    """valid-rev.jsonl -> rev: a test set is targeted if a validation set has its name."""
-    names = {path.stem.removeprefix(prefix): path for path in paths}
-    require(len(names) == len(paths), f"two of {', '.join(map(str, paths))} have the same name; rename one")
+def set_names(texts: list[str], prefix: str) -> dict[str, Source]:
+    """NAME=SOURCE, or SOURCE alone: valid-rev.jsonl is called rev, openai/gsm8k:main:test gsm8k. A test set is targeted
+    if a validation set has its name."""
+    names: dict[str, Source] = {}
+    for text in map(str, texts):
+        name, equals, source = text.partition("=")
+        if not equals:  # of a file its stem, of openai/gsm8k:main:test gsm8k
+            hub, source = Path(text).suffix not in rollout.FILES, text
+            name = Path(text.partition(":")[0]).name if hub else Path(text).stem.removeprefix(prefix)
+        require(name not in names, f"{text}: two sets have the same name, {name}; write OTHER_NAME={source}")
+        good = re.fullmatch(r"[A-Za-z0-9_.-]+", name)
+        require(bool(good), f"{text}: {name!r} is no name of letters, digits and . _ -; write NAME={source}")
+        names[name] = Source(source)
     return names
 
 
 def describe(value: object) -> object:
-    """A setting for run.json; a file or a model folder by its name and its digest."""
+    """A setting for run.json; data or a model folder by its name and its digest."""
     if isinstance(value, dict):
         return {name: describe(one) for name, one in value.items()}
+    if isinstance(value, Source):
+        return [Path(value).name if Path(value).is_file() else str(value), load_prompts(value).digest]
     return [value.name, digest(value)] if isinstance(value, Path) else value
 
 
@@ -161,9 +187,9 @@ class Curriculum:
 
     out: Path
     model: Path
-    pool: Path
-    valid_sets: dict[str, Path]
-    test_sets: dict[str, Path]
+    pool: Source
+    valid_sets: dict[str, Source]
+    test_sets: dict[str, Source]
     selector: str
     frac: float
     static: bool
@@ -238,7 +264,8 @@ class Curriculum:
             sources["gradients"] = gradients.pop("train")
             sources["valid_gradients"] = list(gradients.values())
             sources["previous"] = self.selection(stage - 1) if stage else None
-        options = {"method": self.selector, "frac": self.frac, "seed": seed}
+        limit = self.settings["rollout"].get("limit")
+        options = {"method": self.selector, "frac": self.frac, "seed": seed, "limit": limit}
         call("select", data=self.pool, out=self.selection(stage), **sources, **options)
 
     def train(self, stage: int) -> list[dict]:
@@ -335,12 +362,21 @@ def main(context: typer.Context) -> None:
 
 @app.command(help="Run the curriculum; run the same command again to go on after the last whole stage.")
 def run(
-    model: Annotated[Path, typer.Option(help="Model folder of the initial policy.")] = TOY / "model",
-    pool: Annotated[Path, typer.Option("--train", help="jsonl file of the training pool.")] = TOY / "train.jsonl",
-    valid: Annotated[list[Path], typer.Option(help="Validation set, valid-NAME.jsonl; repeat.")] = TOY_VALID,
+    model: Annotated[Path, typer.Option(help="Initial policy: a model folder, or a name on the Hub.")] = TOY / "model",
+    pool: Annotated[
+        Source,
+        typer.Option(
+            "--train",
+            parser=Source,
+            help="Training pool: a jsonl, json, csv or parquet file, or NAME[:CONFIG[:SPLIT]].",
+        ),
+    ] = TOY_POOL,
+    valid: Annotated[list[str], typer.Option(help="Validation set, [NAME=]SOURCE; repeat.")] = TOY_VALID,
     test: Annotated[
-        list[Path], typer.Option(help="Test set, test-NAME.jsonl; targeted if a validation set has its NAME; repeat.")
+        list[str],
+        typer.Option(help="Test set, [NAME=]SOURCE; targeted if a validation set has its name; repeat."),
     ] = TOY_TEST,
+    limit: Limit = None,
     stages: Annotated[int, typer.Option(min=1, help="Stages of selection and training.")] = 8,
     frac: Annotated[float, typer.Option(callback=above_zero, max=1, help="Share of the pool to train on.")] = 0.1,
     selector: Annotated[
@@ -355,18 +391,22 @@ def run(
     assignments: Annotated[
         list[str] | None, typer.Option("--set", help="STAGE.OPTION=VALUE, such as train.lr=1e-4; repeat.")
     ] = None,
+    engine: Engine = "auto",
     group_by: Annotated[str, typer.Option(help="Data column that selection.png shows.")] = "family",
 ) -> dict:
     started = time.perf_counter()
-    settings = parse_settings(assignments or [])
-    prompts = load_prompts(pool)
-    for path in (*valid, *test):
-        load_prompts(path)
-    require((model / "config.json").is_file(), f"{model}: no model folder here (it has no config.json)")
-    toy_sets = pool != TOY / "train.jsonl" and (valid == TOY_VALID or test == TOY_TEST)
+    device()
+    ours = [f"rollout.engine={engine}"] if engine != "auto" else []
+    ours += [f"rollout.limit={limit}"] if limit else []
+    settings = parse_settings([*ours, *(assignments or [])])
+    valid_sets, test_sets = set_names(valid, "valid-"), set_names(test, "test-")
+    prompts = load_prompts(pool, limit)
+    for source in (*valid_sets.values(), *test_sets.values()):
+        load_prompts(source, limit)
+    model = model_folder(model)
+    toy_sets = pool != TOY_POOL and (valid == TOY_VALID or test == TOY_TEST)
     require(not toy_sets, f"{pool} needs validation and test sets of its own: --valid FILE --test FILE")
     require(not (static and refresh_every), "--static chooses once; --refresh-every would sample for no selection")
-    valid_sets, test_sets = set_names(valid, "valid-"), set_names(test, "test-")
     out = out or Path("runs") / f"{selector}-{seed}"
     check_out(out / "run.json")
     curriculum = Curriculum(

@@ -86,14 +86,17 @@ from transformers import PreTrainedModel
 from rollout import (
     TOY,
     BatchTokens,
+    Dtype,
     above_zero,
     check_out,
     command_line,
     digest,
     lineage,
     load_model,
+    model_folder,
     new_app,
     open_trajectories,
+    pick_dtype,
     require,
     save_rows,
 )
@@ -250,7 +253,7 @@ class GradientSketcher:
         self.projection = SparseProjection(sizes, keep_probability(sizes, sparse_ratio), k, seed, model.device)
         # Per-prompt weight gradients are made here, some prompts at a time; fresh memory each time takes longer.
         largest = max(weight.numel() for weight in self.weights.values())
-        self.workspace = torch.empty(max(largest, self.MATRIX_ELEMENTS), device=model.device)
+        self.workspace = torch.empty(max(largest, self.MATRIX_ELEMENTS), device=model.device, dtype=model.dtype)
         # weight or bias -> (the layer's input, output gradient δ) of each call; a prompt and its completions are two
         self.caught: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {}
         for module in layers:
@@ -342,6 +345,7 @@ def project(
     halves: Annotated[
         int, typer.Option(min=0, help="Prompts whose trajectories are also sketched half by half, as a check.")
     ] = 256,
+    dtype: Dtype = "auto",
     batch_tokens: BatchTokens = 4096,
     seed: Annotated[int, typer.Option(min=0, help="Of the projection; all files of one selection need the same.")] = 0,
 ) -> dict[str, float]:
@@ -352,7 +356,8 @@ def project(
         bool(live),
         f"{trajectories}: no live prompt, every group's rewards are equal; take more samples or easier prompts",
     )
-    policy, _ = load_model(model)
+    model = model_folder(model)
+    policy, _ = load_model(model, pick_dtype(dtype))
     require(
         stored.metadata["model"] in lineage(policy, model),
         f"{trajectories} was sampled by another model than {model} or those it was trained from; run rollout.py again",

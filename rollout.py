@@ -3,7 +3,7 @@
     python rollout.py --data toy/train.jsonl --out runs/mine/rollouts/train.safetensors
     python rollout.py --data toy/test-rev.jsonl --samples 4 --out runs/mine/test-rev.safetensors   # evaluation
 
-Reads   a Hugging Face model folder and a jsonl file with the columns `prompt` and `answer`.
+Reads   a causal language model and a data set, each a local path or the name of one on the Hugging Face Hub.
 Writes  one safetensors file of M = N*K trajectories, end to end, the K of a prompt side by side:
 
     tokens         int32   (T,)    prompt + completion ids of every trajectory; never re-tokenised text
@@ -25,12 +25,19 @@ order of the prompts, beyond rounding. Evaluation is this script on a test set: 
 trajectory file.
 """
 
+import atexit
+import functools
 import hashlib
+import importlib.util
 import json
+import logging
+import multiprocessing
 import os
+import re
 import shutil
 import struct
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -40,13 +47,15 @@ from typing import Annotated, Literal
 import numpy as np
 import torch
 import typer
+from pebble import ProcessPool
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import logging
+from transformers.utils.logging import disable_progress_bar
 
-logging.disable_progress_bar()  # transformers' own bars, one per file read or written
+disable_progress_bar()  # transformers' own bars, one per file read or written
+logging.getLogger("huggingface_hub").setLevel("ERROR")  # it says of every try that it will try again
 FORMAT = "cropi/2"  # version of every file that the five scripts write
 TOY = Path(os.path.relpath(Path(__file__).resolve().parent / "toy"))  # the bundled world: the default paths
 
@@ -206,35 +215,161 @@ def open_tensors(path: Path, kind: str) -> tuple[dict[str, np.ndarray], dict]:
 # Prompts and models
 
 
-def load_prompts(path: Path) -> list[dict]:
-    """Rows of a jsonl file. Each has the strings `prompt` and `answer`; other columns go to the reward function."""
-    require(path.is_file(), f"{path}: no such data file")
-    rows = []
-    for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise BadInput(f"{path}, line {number}: not JSON ({error})") from None
-        for column in ("prompt", "answer"):
-            given = isinstance(row, dict) and isinstance(row.get(column), str) and row[column] != ""
-            require(given, f"{path}, line {number}: no {column!r} (a string that is not empty)")
-        rows.append(row)
-    require(bool(rows), f"{path}: no prompts in it")
+class Source(str):
+    """Where prompts come from: a local jsonl, json, csv or parquet file, or NAME[:CONFIG[:SPLIT]] on the Hub, SPLIT as
+    `datasets` writes it, such as train[:1000]; or several of these, joined by +."""
+
+
+class Prompts(list):
+    """Rows of a data set: dictionaries with `prompt` (a string, or chat messages), `answer` (a string) and what other
+    columns there are, for the reward function."""
+
+    digest: str
+
+
+FILES = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+COLUMNS = {"prompt": ("prompt", "problem", "question"), "answer": ("answer", "solution", "reward_model.ground_truth")}
+
+
+def load_prompts(source: Source | str | Path, limit: int | None = None) -> Prompts:
+    """The rows of the data set, or the first `limit`; of several, joined by +, one after another.
+
+    Raises:
+        BadInput: not there, not readable, or a row without prompt or answer.
+    """
+    source = str(source)
+    parts = [source] if Path(source).exists() else source.split("+")
+    rows = Prompts()
+    digests = [] if limit is None else [str(limit)]
+    for part in parts:
+        path = Path(part)
+        local = path.suffix in FILES
+        require(not local or path.is_file(), f"{path}: no such data file")
+        require(local or not path.exists(), f"{path}: not one of {', '.join(FILES)}")
+        empty = local and path.stat().st_size < 100 and not path.read_bytes().strip()  # which datasets has no words for
+        require(not empty, f"{path}: no prompts in it")
+        found = _load_rows(part, path.stat().st_mtime_ns if local else None)
+        text = None if local else json.dumps(found, default=str).encode()
+        digests.append(digest(path) if local else hashlib.sha256(text).hexdigest()[:16])
+        rows += found
+    if limit is not None:
+        del rows[limit:]
+    rows.digest = digests[0] if len(digests) == 1 else hashlib.sha256(" ".join(digests).encode()).hexdigest()[:16]
     return rows
 
 
-def load_model(path: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A causal language model in float32 and evaluation mode (dropout off), with its tokenizer."""
+@functools.lru_cache(maxsize=32)  # a run opens its few data sets again and again
+def _load_rows(source: str, written: int | None) -> list[dict]:
+    import datasets  # here, since it takes a second that `--help` need not wait for
+
+    kind = FILES.get(Path(source).suffix)
+    (datasets.disable_progress_bars if kind else datasets.enable_progress_bars)()  # a download may take long
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it says of errors is in the exception
+    if kind:
+        columns = dict.fromkeys([name for names in COLUMNS.values() for name in names], str)  # 007 stays 007
+        text = {"converters": columns} if kind == "csv" else {}
+        name, options = kind, {"data_files": source, "split": "train", **text}
+    else:
+        name, config, split = [*source.split(":", 2), "", ""][:3]  # train[:100] has a colon, too
+        options = {"name": config or None, "split": split or "train"}
+    try:
+        table = datasets.load_dataset(name, **options).to_list()
+    except Exception as error:  # of many kinds, from pyarrow to the network
+        reason = str(error.__cause__ or error).strip().partition("\n")[0]
+        hint = "" if kind else "; a data set of the Hub is NAME[:CONFIG[:SPLIT]], a local one ends in .jsonl, .csv ..."
+        raise BadInput(f"{source}: cannot load this data set ({reason}){hint}") from None
+    rows = []
+    for number, row in enumerate(table, 1):
+        for column, names in COLUMNS.items():
+            value = next((v for v in (_look_up(row, name) for name in names) if v is not None), None)
+            if column == "answer" and isinstance(value, int | float) and not isinstance(value, bool):
+                value = str(value)
+            whole = isinstance(value, str) or (column == "prompt" and _is_chat(value))
+            require(bool(value) and whole, f"{source}, row {number}: no {column!r} (looked for {', '.join(names)})")
+            row[column] = value
+        rows.append(row)
+    require(bool(rows), f"{source}: no prompts in it")
+    return rows
+
+
+def _look_up(row: dict, name: str) -> object:
+    """reward_model.ground_truth: the entry of an entry."""
+    return functools.reduce(lambda at, key: at.get(key) if isinstance(at, dict) else None, name.split("."), row)
+
+
+def _is_chat(value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(m, dict) and {"role", "content"} <= set(m) for m in value)
+
+
+def encode_prompts(
+    tokenizer: PreTrainedTokenizerBase, rows: Sequence[dict], system: str | None = None, chat: bool = True
+) -> list[list[int]]:
+    """Token ids of the prompts, through the model's chat template where it has one, unless `chat` is false.
+
+    Args:
+        system: system prompt; "" for an empty one, None for what the template does by itself.
+    Raises:
+        BadInput: messages, or a system prompt, without a template.
+    """
+    template = chat and tokenizer.chat_template
+    require(bool(template) or system is None, "--system needs a chat template, which is absent or switched off")
+    texts = []
+    for number, row in enumerate(rows, 1):
+        messages = row["prompt"]
+        if isinstance(messages, str) and not template:
+            texts.append(messages)
+            continue
+        require(bool(template), f"row {number}: the prompt is a chat, and there is no chat template for it")
+        if isinstance(messages, str):
+            messages = [{"role": "user", "content": messages}]
+        if system is not None:
+            messages = [{"role": "system", "content": system}, *messages]
+        texts.append(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+    return tokenizer(texts, add_special_tokens=False).input_ids
+
+
+@functools.cache
+def device() -> torch.device:
+    """The accelerator, if there is one; said once."""
+    found = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    name = f" ({torch.cuda.get_device_name()})" if found == "cuda" else ""
+    tqdm.write(f"device: {found}{name}")
+    return torch.device(found)
+
+
+def pick_dtype(dtype: str) -> torch.dtype:
+    """float32 or bfloat16; `auto` is bfloat16 on CUDA alone."""
+    return getattr(torch, {"cuda": "bfloat16"}.get(device().type, "float32") if dtype == "auto" else dtype)
+
+
+def model_folder(model: Path) -> Path:
+    """The model's local folder; a name on the Hub is downloaded.
+
+    Raises:
+        BadInput: neither.
+    """
+    if (model / "config.json").is_file():
+        return model
+    require(not model.exists() and len(model.parts) == 2, f"{model}: no model folder here (it has no config.json)")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(str(model), allow_patterns=["*.json", "*.safetensors", "*.txt", "*.jinja"]))
+    except Exception as error:  # of many kinds, most of them the network's
+        reason = str(error).strip().partition("\n")[0]
+        raise BadInput(f"{model}: no model folder here, and the Hub did not give one ({reason})") from None
+
+
+def load_model(path: Path, dtype: torch.dtype = torch.float32) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A causal language model in evaluation mode (dropout off), on the device, with its tokenizer."""
     require((path / "config.json").is_file(), f"{path}: no model folder here (it has no config.json)")
     try:
-        model, found = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, output_loading_info=True)
+        model, found = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, output_loading_info=True)
         tokenizer = AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError, SafetensorError) as error:
         raise BadInput(f"{path}: cannot load this model ({str(error).splitlines()[0]})") from None
     require(not found["missing_keys"], f"{path}: the weights lack {', '.join(sorted(found['missing_keys'])[:3])}")
-    return model.eval(), tokenizer
+    return model.eval().to(device()), tokenizer
 
 
 def lineage(model: PreTrainedModel, path: Path) -> list[str]:
@@ -249,30 +384,164 @@ def lineage(model: PreTrainedModel, path: Path) -> list[str]:
 # Verifiable rewards, in TRL's form: reward(prompts, completions, **columns) -> list of floats
 
 
-def exact(prompts: Sequence[str], completions: Sequence[str], answer: Sequence[str], **columns) -> list[float]:
+def exact(prompts: Sequence, completions: Sequence, answer: Sequence[str], **columns) -> list[float]:
     """1.0 where the completion is the answer, up to surrounding white space."""
-    return [float(c.strip() == a.strip()) for c, a in zip(completions, answer, strict=True)]
+    return [float(_text(c).strip() == a.strip()) for c, a in zip(completions, answer, strict=True)]
 
 
-REWARDS: dict[str, Callable[..., list[float]]] = {"exact": exact}
+def math(prompts: Sequence, completions: Sequence, answer: Sequence[str], **columns) -> list[float]:
+    """1.0 where the completion's final answer is mathematically equal to that of `answer`.
+
+    The final answer is what the last \\boxed{} holds, or what follows the last `####` (GSM8K), or else, in the column
+    `answer`, all of it. A completion that gives it in neither form is wrong.
+    """
+    return [
+        float(same_answer(final_answer(a) or a, final_answer(_text(c))))
+        for c, a in zip(completions, answer, strict=True)
+    ]
 
 
-def verify(reward: str, rows: Sequence[dict], completions: Sequence[str]) -> np.ndarray:
-    """Rewards (M,) float32 of M completions, `rows[m]` being the data row of completion m.
+REWARDS: dict[str, Callable[..., list[float]]] = {"exact": exact, "math": math}
+
+
+def _text(completion: str | list[dict]) -> str:
+    return completion if isinstance(completion, str) else completion[-1]["content"]
+
+
+def final_answer(text: str) -> str | None:
+    r"""What the last \boxed{} holds, braces counted, or what follows the last `####`; None if there is neither.
+
+    >>> final_answer(r"so \boxed{1} or \boxed{\frac{1}{2}}."), final_answer("6 * 7 = 42 #### 42"), final_answer("42")
+    ('\\frac{1}{2}', '42', None)
+    """
+    boxed, marked = text.rfind("\\boxed{"), text.rfind("####")
+    if boxed > marked:
+        depth = 0
+        for place in range(start := boxed + len("\\boxed"), len(text)):
+            depth += (text[place] == "{") - (text[place] == "}")
+            if depth == 0:
+                return text[start + 1 : place].strip()
+        return None
+    return text[marked + 4 :].strip().partition("\n")[0].strip() if marked >= 0 else None
+
+
+def same_answer(gold: str, answer: str | None) -> bool:
+    """Are the two equal, as text or as mathematics? What is longer than any answer, or has millions of digits, is only
+    compared as text."""
+    if answer is None:
+        return False
+    gold, answer = (text.strip().rstrip(".") for text in (gold, answer))
+    if gold == answer or max(len(gold), len(answer)) > 300 or HUGE.search(gold + " " + answer):
+        return gold == answer
+    import math_verify
+
+    # Its own time limits are signals, which need the main thread: the worker's time limit is ours.
+    parsed = [math_verify.parse(rf"\boxed{{{text}}}", parsing_timeout=None) for text in (gold, answer)]
+    return math_verify.verify(*parsed, timeout_seconds=None)
+
+
+HUGE = re.compile(r"\d\s*\^\s*\{?\s*\d+\s*\^|\^\s*\{?\s*\d{5}|(\)|\d{4})\s*!")  # 9^{9^9}, 2^{99999}, (9^9)!
+
+
+@functools.cache
+def load_reward(reward: str) -> Callable[..., list[float]]:
+    """One of REWARDS, or FILE.py:FUNCTION, which runs that file.
 
     Raises:
-        BadInput: the reward function returned another number of values, or one that is not finite.
+        BadInput: there is no such function, or the file does not run.
     """
-    names = dict.fromkeys(name for row in rows for name in row)
-    columns = {name: [row.get(name) for row in rows] for name in names}
-    verdicts = np.array(REWARDS[reward](columns.pop("prompt"), completions, **columns), np.float32)
-    whole = verdicts.shape == (len(rows),) and np.isfinite(verdicts).all()
-    require(whole, f"reward {reward!r} did not return one finite number for each of {len(rows)} completions")
-    return verdicts
+    if reward in REWARDS:
+        return REWARDS[reward]
+    path, colon, name = reward.rpartition(":")
+    known = f"it is one of {', '.join(REWARDS)} or FILE.py:FUNCTION"
+    require(bool(colon) and Path(path).is_file(), f"no reward {reward!r}; {known}")
+    spec = importlib.util.spec_from_file_location("reward_of_the_user", path)
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise BadInput(f"reward {reward!r}: {path} does not run ({type(error).__name__}: {error})") from None
+    require(callable(getattr(module, name, None)), f"reward {reward!r}: {path} has no function {name}")
+    return getattr(module, name)
+
+
+def known_reward(reward: str) -> str:
+    """Check of the option `--reward`."""
+    load_reward(reward)
+    return reward
+
+
+def verify(
+    reward: str, rows: Sequence[dict], completions: Sequence[str], *, seconds: float = 10.0, max_errors: float = 0.01
+) -> tuple[np.ndarray, dict[str, int]]:
+    """Rewards (M,) float32 of M completions, `rows[m]` being the data row of completion m, and counts of the verdicts
+    that could not be had, whose reward is 0: `errors` (an exception, a killed process) and `timeouts`.
+
+    `exact` is computed here. Other rewards run in processes of their own, one completion at a time, so that one that
+    hangs or crashes costs one verdict.
+
+    Args:
+        seconds: time limit of a verdict.
+        max_errors: largest share of verdicts that may fail (a single one always may).
+    Raises:
+        BadInput: more failed, or the function returned another number of values, or one that is not finite.
+    """
+    counts, last = {"errors": 0, "timeouts": 0}, ""
+    tasks = [(row, text) for row, text in zip(rows, completions, strict=True)]
+    if reward == "exact":
+        return np.array([_verdict(reward, *task)[0] for task in tasks], np.float32), counts
+    verdicts = np.zeros(len(rows), np.float32)
+    for m, future in enumerate([workers().schedule(_verdict, (reward, *task), timeout=seconds) for task in tasks]):
+        try:
+            values = future.result()
+        except TimeoutError:
+            counts["timeouts"] += 1
+            continue
+        except Exception as error:  # whatever a reward function may raise; pebble's ProcessExpired where it died
+            counts["errors"] += 1
+            last = f"; the last error was {type(error).__name__}: {error}"
+            continue
+        number = isinstance(values, Sequence) and len(values) == 1 and isinstance(values[0], int | float | np.number)
+        whole = number and np.isfinite(values[0])
+        require(
+            bool(whole),
+            f"reward {reward!r} returned {values!r:.80} for one completion, not a list of one finite number",
+        )
+        verdicts[m] = values[0]
+    failed, allowed = sum(counts.values()), max(1, max_errors * len(rows))
+    said = ", ".join(f"{count} {name}" for name, count in counts.items())
+    require(failed <= allowed, f"reward {reward!r}: {said} in {len(rows)} verdicts, more than --max-errors{last}")
+    return verdicts, counts
+
+
+def _verdict(reward: str, row: dict, text: str) -> list[float]:
+    """One call of a reward function, on lists of one element."""
+    chat = isinstance(row["prompt"], list)  # then TRL passes completions as messages, too
+    columns = {column: [value] for column, value in row.items() if column != "prompt"}
+    completion = [{"role": "assistant", "content": text}] if chat else text
+    return load_reward(reward)(prompts=[row["prompt"]], completions=[completion], **columns)
+
+
+@functools.cache
+def workers() -> "ProcessPool":
+    """Processes that compute verdicts, started once and kept; one that is stuck is killed and replaced."""
+    context = multiprocessing.get_context("spawn")  # a fork would copy CUDA's state, and locked locks of threads
+    pool = ProcessPool(min(8, os.cpu_count() or 1), context=context, initializer=_start_worker)
+    atexit.register(lambda: (pool.stop(), pool.join()))
+    return pool
+
+
+def _start_worker() -> None:
+    """Importing this module, and math-verify's grammar, takes seconds, which are not the first verdict's."""
+    logging.getLogger("math_verify").setLevel("ERROR")  # it warns that its time limits are off
+    same_answer("1", "2")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The engine
+
+
+# The engines: `generate` samples, `sync` takes over a policy's weights, `check` compares log-probs with a policy's.
 
 
 @dataclass
@@ -314,13 +583,8 @@ class TransformersEngine:
             max_tokens: longest completion, in tokens, the end token included.
             progress: title of the progress bar, if there is to be one.
         Raises:
-            BadInput: a prompt that is empty or too long for the model; NaN or infinity in the logits.
+            BadInput: NaN or infinity in the logits.
         """
-        limit = getattr(self.model.config, "max_position_embeddings", None) or float("inf")
-        for i, prompt in zip(prompt_index, prompts, strict=True):
-            require(len(prompt) > 0, f"prompt {i} has no tokens for this tokenizer; take it out of the data")
-            fits = len(prompt) + max_tokens <= limit
-            require(fits, f"prompt {i}: {len(prompt)} tokens and --max-tokens {max_tokens} exceed the model's {limit}")
         done: list[list[Completion]] = [[] for _ in prompts]
         disable = None if progress else True  # None: where output is no terminal
         with tqdm(total=len(prompts), desc=progress, unit="prompt", leave=False, disable=disable) as bar:
@@ -375,6 +639,158 @@ class TransformersEngine:
             position = position + 1
         parts = zip(tokens.cpu().numpy(), logps.cpu().numpy(), length.tolist(), truncated.tolist(), strict=True)
         return [Completion(ids[:n], logp[:n], cut) for ids, logp, n, cut in parts]
+
+    def sync(self, policy: PreTrainedModel) -> None:
+        """Nothing to do: it is the policy itself that samples."""
+
+    def check(self, policy: PreTrainedModel, trajectories: "Trajectories", temperature: float) -> None:
+        """Nothing to do."""
+
+
+class VllmEngine:
+    """vLLM with the weights of a model folder. It stays in its process, and on CUDA sleeps while it does not generate,
+    so that its memory is there for scoring and training.
+
+    Args:
+        folder: where the first weights are; later ones come by `load` and `sync`.
+        head: width of the model's attention heads.
+        memory: share of the device's memory for weights and KV cache while it generates (on a CPU, of the RAM).
+    """
+
+    def __init__(self, folder: Path, head: int, dtype: torch.dtype, memory: float, seed: int):
+        from vllm import LLM
+
+        self.dtype, self.sleeps = dtype, device().type == "cuda"
+        if device().type == "cpu":
+            from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
+
+            sizes = CPUAttentionBackend.get_supported_head_sizes()
+            require(head in sizes, f"{folder}: attention heads of {head}; vLLM on a CPU has {sizes}; use --engine hf")
+        self.llm = LLM(
+            model=str(folder),
+            dtype=str(dtype).removeprefix("torch."),
+            gpu_memory_utilization=memory,
+            logprobs_mode="processed_logprobs",  # of the tempered policy that samples
+            enable_sleep_mode=self.sleeps,
+            enforce_eager=not self.sleeps,  # no CUDA graphs to capture
+            seed=seed,
+        )
+        self.rest()
+
+    def rest(self) -> None:
+        if self.sleeps:
+            self.llm.sleep(level=1)  # weights to the host's memory, the KV cache away
+
+    def rise(self) -> None:
+        if self.sleeps and self.llm.llm_engine.is_sleeping():
+            torch.cuda.empty_cache()  # what scoring and training have used, and torch keeps
+            self.llm.wake_up()
+
+    def load(self, folder: Path) -> None:
+        """Take over the weights in a model folder."""
+        self.rise()
+        self.llm.collective_rpc("reload_weights", kwargs={"weights_path": str(folder)})
+        self.llm.reset_prefix_cache()  # keys and values of the weights before
+
+    def sync(self, policy: PreTrainedModel) -> None:
+        """Take over the policy's weights, through a checkpoint folder, in shared memory where there is some."""
+        with tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None) as folder:
+            weights = {name: value.to(self.dtype) for name, value in policy.state_dict().items()}
+            policy.save_pretrained(folder, state_dict=weights)
+            self.load(Path(folder))
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        prompt_index: Sequence[int],
+        *,
+        samples: int,
+        max_tokens: int,
+        temperature: float,
+        seed: Sequence[int],
+        progress: str | None = None,
+    ) -> list[list[Completion]]:
+        """As that of TransformersEngine, but for `seed`: what vLLM samples is not repeatable."""
+        from vllm import SamplingParams
+
+        self.rise()
+        options = SamplingParams(
+            n=samples, temperature=temperature, max_tokens=max_tokens, logprobs=0, top_p=1.0, top_k=-1
+        )
+        inputs = [{"prompt_token_ids": list(map(int, prompt))} for prompt in prompts]
+        groups = [
+            [
+                Completion(
+                    np.array(sampled.token_ids, np.int32),
+                    np.array(
+                        [lp[t].logprob for t, lp in zip(sampled.token_ids, sampled.logprobs, strict=True)], np.float32
+                    ),
+                    sampled.finish_reason == "length",
+                )
+                for sampled in request.outputs
+            ]
+            for request in self.llm.generate(inputs, options, use_tqdm=progress is not None)
+        ]
+        self.rest()
+        for i, group in zip(prompt_index, groups, strict=True):
+            finite = all(np.isfinite(c.logps).all() for c in group)
+            require(finite, f"logits are not finite at prompt {i}")
+        return groups
+
+    @torch.inference_mode()
+    def check(self, policy: PreTrainedModel, trajectories: "Trajectories", temperature: float) -> None:
+        """Compare the log-probs of a few completions with the policy's own, computed in the plainest way.
+
+        Raises:
+            BadInput: they differ by more than TOLERANCE in the mean: the engine samples from other weights.
+        """
+        differences = []
+        for m in np.linspace(0, len(trajectories.rewards) - 1, 8).round().astype(int):
+            start, length = trajectories.offsets[m], trajectories.prompt_length[m]
+            ids = torch.from_numpy(trajectories.tokens[start : trajectories.offsets[m + 1]].astype(np.int64))
+            ids = ids.to(policy.device)[None]  # (1, L + C)
+            logits = policy(input_ids=ids[:, :-1], use_cache=False).logits[0, length - 1 :]  # (C, V)
+            logps = torch.log_softmax(logits.float() / temperature, -1).gather(1, ids[0, length:, None])[:, 0]
+            span = slice(*trajectories.logp_offsets[m : m + 2])
+            differences.append(np.abs(trajectories.behavior_logps[span] - logps.cpu().numpy()))
+        found, allowed = float(np.concatenate(differences).mean()), TOLERANCE[self.dtype]
+        require(
+            found <= allowed,
+            f"vLLM does not sample from the policy: log-probs differ by {found:.2g} in the mean, not {allowed:g}. "
+            "Are its weights stale? (Tied embeddings do not follow on a CPU.) --engine hf needs no sync",
+        )
+
+
+TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.05}  # mean |Δ log-prob|; rounding alone: 1e-6 and 0.006 on the toy
+_vllm: dict[tuple, VllmEngine] = {}  # the process's engine, by what it cannot change
+
+
+def open_engine(
+    engine: str,
+    folder: Path,
+    policy: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    batch_tokens: int,
+    dtype: torch.dtype,
+    gpu_memory: float,
+    seed: int,
+) -> TransformersEngine | VllmEngine:
+    """The engine, with the weights of `folder`, which `policy` has too. vLLM is started once in a process."""
+    installed = importlib.util.find_spec("vllm") is not None
+    require(installed or engine != "vllm", "--engine vllm: vLLM is not installed (see requirements-vllm.txt)")
+    if engine == "hf" or (engine == "auto" and not (installed and device().type == "cuda")):
+        return TransformersEngine(policy, tokenizer, batch_tokens)
+    config = policy.config.to_dict() | {"cropi_ancestors": None, "_name_or_path": None, "dtype": None}
+    kind = (json.dumps(config, sort_keys=True, default=str), dtype, gpu_memory)
+    if kind in _vllm:
+        _vllm[kind].load(folder)
+    else:
+        _vllm.clear()
+        shape = policy.config
+        head = getattr(shape, "head_dim", None) or shape.hidden_size // shape.num_attention_heads
+        _vllm[kind] = VllmEngine(folder, head, dtype, gpu_memory, seed)
+    return _vllm[kind]
 
 
 def pack(sizes: Sequence[tuple[int, int]], samples: int, batch_tokens: int) -> Iterator[list[int]]:
@@ -469,34 +885,41 @@ class Trajectories:
 
 
 def sample_trajectories(
-    engine: TransformersEngine,
+    engine: TransformersEngine | VllmEngine,
     tokenizer: PreTrainedTokenizerBase,
     rows: Sequence[dict],
     prompt_index: Sequence[int],
     reward: str,
+    *,
+    prompts: Sequence[Sequence[int]] | None = None,
+    verdicts: dict | None = None,
     **sampling,
 ) -> Trajectories:
     """K verified trajectories for each of N prompts; `rows[n]` has the index `prompt_index[n]`.
 
-    `sampling` goes to the engine: samples, max_tokens, temperature, seed, progress.
+    Args:
+        prompts: token ids, where they are known.
+        verdicts: options of `verify`; its counts are the metadata of what is returned.
+        sampling: goes to the engine: samples, max_tokens, temperature, seed, progress.
     """
-    prompts = tokenizer([row["prompt"] for row in rows], add_special_tokens=False).input_ids
+    prompts = encode_prompts(tokenizer, rows) if prompts is None else prompts
     groups = engine.generate(prompts, prompt_index, **sampling)
     samples = sampling["samples"]
     completions = [c for group in groups for c in group]  # (M,)
     texts = tokenizer.batch_decode([c.tokens for c in completions], skip_special_tokens=True)
     prompt_length = np.repeat(np.array([len(p) for p in prompts], np.int32), samples)
     lengths = prompt_length + np.array([len(c.tokens) for c in completions])
+    rewards, counts = verify(reward, [row for row in rows for _ in range(samples)], texts, **(verdicts or {}))
     pieces = [piece for p, group in zip(prompts, groups, strict=True) for c in group for piece in (p, c.tokens)]
     return Trajectories(
         tokens=np.concatenate(pieces).astype(np.int32),
         offsets=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
         prompt_length=prompt_length,
         behavior_logps=np.concatenate([c.logps for c in completions]).astype(np.float32),
-        rewards=verify(reward, [row for row in rows for _ in range(samples)], texts),
+        rewards=rewards,
         prompt_index=np.repeat(np.asarray(prompt_index, np.int32), samples),
         truncated=np.array([c.truncated for c in completions], np.uint8),
-        metadata={},
+        metadata=counts,
     )
 
 
@@ -514,47 +937,108 @@ def open_trajectories(path: Path) -> Trajectories:
 app = new_app()
 
 # Options that other scripts have as well.
+Data = Annotated[
+    Source, typer.Option(parser=Source, help="jsonl, json, csv, parquet, or NAME[:CONFIG[:SPLIT]] on the Hub.")
+]
+Limit = Annotated[int | None, typer.Option(min=1, help="Use only the first so many rows of the data.")]
 Temperature = Annotated[float, typer.Option(callback=above_zero, help="The policy is softmax(logits / temperature).")]
 MaxTokens = Annotated[int, typer.Option(min=1, help="Longest completion, in tokens.")]
-Reward = Annotated[Literal[tuple(REWARDS)], typer.Option(help="Verifiable reward.")]
+MaxPromptTokens = Annotated[
+    int | None, typer.Option(min=1, help="Longer prompts are dropped.  [default: what the model has room for]")
+]
+System = Annotated[str | None, typer.Option(help="System prompt; '' for an empty one.  [default: the template's]")]
+Chat = Annotated[bool, typer.Option("--chat/--no-chat", help="Use the model's chat template, where it has one.")]
+Reward = Annotated[str, typer.Option(callback=known_reward, help="exact, math, or FILE.py:FUNCTION in TRL's form.")]
+RewardSeconds = Annotated[float, typer.Option(callback=above_zero, help="Time limit of a verdict.")]
+MaxErrors = Annotated[float, typer.Option(min=0, max=1, help="Stop if a larger share of verdicts fails.")]
+Engine = Annotated[
+    Literal["auto", "hf", "vllm"], typer.Option(help="auto: vLLM where it is installed and CUDA is there.")
+]
+GpuMemory = Annotated[float, typer.Option(callback=above_zero, max=1, help="vLLM's share of the memory.")]
+Dtype = Annotated[Literal["auto", "float32", "bfloat16"], typer.Option(help="auto: bfloat16 on CUDA, else float32.")]
 BatchTokens = Annotated[int, typer.Option(min=1, help="Tokens in a batch, padding included; lower it for memory.")]
 Seed = Annotated[int, typer.Option(min=0, help="Of everything random here.")]
+
+
+def fitting_prompts(
+    source: str,
+    encoded: Sequence[Sequence[int]],
+    policy: PreTrainedModel,
+    max_tokens: int,
+    max_prompt_tokens: int | None,
+) -> list[int]:
+    """Indices of the prompts that have tokens, and not more than the model, or the option, has room for.
+
+    Raises:
+        BadInput: there is none.
+    """
+    limit = getattr(policy.config, "max_position_embeddings", None) or sys.maxsize
+    longest = min(limit - max_tokens, max_prompt_tokens or limit)
+    fit = [i for i, ids in enumerate(encoded) if 0 < len(ids) <= longest]
+    dropped = f"{source}: {len(encoded) - len(fit)} of {len(encoded)} prompts dropped"
+    why = f"empty, or longer than {longest} tokens"
+    if longest < (max_prompt_tokens or limit):
+        why += f" (with --max-tokens {max_tokens} they would exceed the model's {limit})"
+    require(bool(fit), f"{dropped}: {why}")
+    if len(fit) < len(encoded):
+        tqdm.write(f"{dropped}: {why}")
+    return fit
 
 
 @app.command(help=__doc__.splitlines()[0])
 def rollout(
     out: Annotated[Path, typer.Option(help="Trajectory file to write.")],
-    model: Annotated[Path, typer.Option(help="Model folder of the policy that samples.")] = TOY / "model",
-    data: Annotated[Path, typer.Option(help="jsonl file with the columns prompt and answer.")] = TOY / "train.jsonl",
+    model: Annotated[Path, typer.Option(help="Model folder, or name on the Hub, of the policy.")] = TOY / "model",
+    data: Data = Source(TOY / "train.jsonl"),
+    limit: Limit = None,
     samples: Annotated[int, typer.Option(min=1, help="K, completions per prompt.")] = 8,
     temperature: Temperature = 1.0,
     max_tokens: MaxTokens = 8,
+    max_prompt_tokens: MaxPromptTokens = None,
+    system: System = None,
+    chat: Chat = True,
     reward: Reward = "exact",
+    reward_seconds: RewardSeconds = 10.0,
+    max_errors: MaxErrors = 0.01,
+    engine: Engine = "auto",
+    gpu_memory: GpuMemory = 0.3,
+    dtype: Dtype = "auto",
     batch_tokens: BatchTokens = 16384,
     seed: Seed = 0,
 ) -> Trajectories:
-    check_out(out, model, data)
-    rows = load_prompts(data)
-    policy, tokenizer = load_model(model)
-    data_digest = digest(data)
+    check_out(out, model, Path(data))
+    rows = load_prompts(data, limit)
+    model, precision = model_folder(model), pick_dtype(dtype)
+    policy, tokenizer = load_model(model, precision)
+    encoded = encode_prompts(tokenizer, rows, system, chat)
+    kept = fitting_prompts(data, encoded, policy, max_tokens, max_prompt_tokens)
+    sampler = open_engine(
+        engine, model, policy, tokenizer, batch_tokens=batch_tokens, dtype=precision, gpu_memory=gpu_memory, seed=seed
+    )
     options = {"samples": samples, "max_tokens": max_tokens, "temperature": temperature}
     trajectories = sample_trajectories(
-        TransformersEngine(policy, tokenizer, batch_tokens),
+        sampler,
         tokenizer,
-        rows,
-        range(len(rows)),
+        [rows[i] for i in kept],
+        kept,
         reward,
+        prompts=[encoded[i] for i in kept],
+        verdicts={"seconds": reward_seconds, "max_errors": max_errors},
         **options,
-        seed=[seed, int(data_digest, 16)],
-        progress=f"rollout {data.stem}",
+        seed=[seed, int(rows.digest, 16)],
+        progress=f"rollout {out.stem}",
     )
+    sampler.check(policy, trajectories, temperature)
+    failed = trajectories.metadata
     options |= {"reward": reward, "seed": seed}
-    trajectories.metadata = {"model": digest(model), "data": data_digest, "prompts": len(rows), "options": options}
+    trajectories.metadata = {"model": digest(model), "data": rows.digest, "prompts": len(rows), "options": options}
+    trajectories.metadata |= {"verdicts": failed} if any(failed.values()) else {}
     tensors = {name: getattr(trajectories, name) for name in TENSORS}
     save_tensors(out, "trajectories", tensors, trajectories.metadata)
     live = len(trajectories.live_groups())
+    said = "".join(f", {count} {name}" for name, count in failed.items() if count or reward != "exact")
     tqdm.write(  # prints above the progress bars of whoever called
-        f"{out}: {len(rows)} prompts x {samples}, mean reward {trajectories.rewards.mean():.3f}, "
+        f"{out}: {len(kept)} prompts x {samples}, mean reward {trajectories.rewards.mean():.3f}{said}, "
         f"{live} live prompts, {trajectories.truncated.mean():.1%} truncated"
     )
     return trajectories

@@ -58,6 +58,8 @@ else:
     from tqdm import tqdm
 
     from rollout import (
+        Data,
+        Limit,
         above_zero,
         check_out,
         command_line,
@@ -268,20 +270,21 @@ def by_baseline(method: str, pass_rate: np.ndarray, seed: int) -> dict[str, np.n
 
 def select(
     out: Annotated[Path, typer.Option(help="Selection file to write; the CSV goes beside it.")],
-    data: Annotated[Path, typer.Option(help="jsonl file of the pool to choose from.")],
+    data: Data,
     trajectories: Annotated[Path | None, typer.Option(help="The pool's trajectories (not for full, random).")] = None,
     gradients: Annotated[Path | None, typer.Option(help="The pool's gradients (influence only).")] = None,
     valid_gradients: Annotated[list[Path] | None, typer.Option(help="The same of a validation set; repeat.")] = None,
     method: Annotated[Literal[METHODS], typer.Option(help="How to choose.")] = "influence",
     frac: Annotated[float, typer.Option(callback=above_zero, max=1, help="Share of the pool to choose.")] = 0.1,
+    limit: Limit = None,
     previous: Annotated[Path | None, typer.Option(help="Selection of the stage before, to compare with.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of the baselines' random order.")] = 0,
 ) -> np.ndarray:
     require(out.suffix != ".csv", f"--out {out}: name the safetensors file; the CSV goes beside it")
     for written in (out, out.with_suffix(".csv")):
-        check_out(written, data, trajectories, gradients, previous, *(valid_gradients or []))
-    rows = load_prompts(data)
-    sources = {"data": digest(data)}
+        check_out(written, Path(data), trajectories, gradients, previous, *(valid_gradients or []))
+    rows = load_prompts(data, limit)
+    sources = {"data": rows.digest}
     rates = dict.fromkeys(range(len(rows)), float("nan"))  # unknown
     if method not in ("full", "random"):
         require(trajectories is not None, f"{method} needs --trajectories, what rollout.py wrote for {data}")

@@ -2,7 +2,7 @@
 
     python train.py --selection runs/mine/stage-00/selection.safetensors --out runs/mine/stage-00
 
-Reads   a model folder, the data file, the selection and (from the second stage on) the optimizer state before it.
+Reads   a model folder, the data, the selection and (from the second stage on) the optimizer state before it.
 Writes  into the folder --out: `model/` (a Hugging Face checkpoint), `optimizer.safetensors` (AdamW's moments) and
         `metrics.jsonl` (a line per step).
 
@@ -14,6 +14,10 @@ A step samples K completions for a batch of P prompts and ascends
     ρ_kt  = π_θ(a_kt|h_kt) / π_sampling(a_kt|h_kt)
     k3_kt = q - log q - 1 with q = π_initial(a_kt|h_kt) / π_θ(a_kt|h_kt)
     H_kt  = entropy of π_θ(.|h_kt)
+
+Completions come from the policy itself, or from vLLM (`--engine`), which takes over its weights after every step; then
+its log-probs are compared with the policy's, and a difference stops the run. Weights are float32; where --dtype says
+bfloat16, as on CUDA, matrix products are autocast.
 
 The first term is the one whose gradient `project.py` takes prompt by prompt: what is ranked is what is ascended.
 
@@ -42,23 +46,39 @@ from transformers import PreTrainedModel
 from rollout import (
     TOY,
     BatchTokens,
+    Chat,
+    Data,
+    Dtype,
+    Engine,
+    GpuMemory,
+    Limit,
+    MaxErrors,
+    MaxPromptTokens,
     MaxTokens,
     Reward,
+    RewardSeconds,
     Seed,
+    Source,
+    System,
     Temperature,
     Trajectories,
-    TransformersEngine,
     above_zero,
     check_out,
     command_line,
+    device,
     digest,
+    encode_prompts,
+    fitting_prompts,
     lineage,
     load_model,
     load_prompts,
+    model_folder,
     new_app,
+    open_engine,
     open_tensors,
     pack,
     pad_left,
+    pick_dtype,
     prefill,
     require,
     sample_trajectories,
@@ -165,17 +185,32 @@ def completion_logps(model: PreTrainedModel, batch: Batch, temperature: float) -
         BadInput: NaN or infinity, naming the prompts.
     """
     samples = len(batch.completion_ids) // len(batch.prompt_ids)
-    logits, cache, mask, position = prefill(model, batch.prompt_ids, batch.prompt_mask, samples)
     inputs = batch.completion_ids[:, :-1]  # (P*K, C-1): the last token predicts nothing
-    if inputs.shape[1]:
-        rest = model(
-            input_ids=inputs,
-            attention_mask=torch.cat([mask, torch.ones_like(inputs)], 1),
-            position_ids=position + torch.arange(inputs.shape[1], device=inputs.device),
-            past_key_values=cache,
-            use_cache=True,
-        ).logits
-        logits = torch.cat([logits, rest], 1)  # (P*K, 1, V), (P*K, C-1, V) -> (P*K, C, V)
+    if model.is_gradient_checkpointing and torch.is_grad_enabled():
+        # Layers are computed twice, which a cache does not survive: here each completion comes with its prompt.
+        ids, mask = (x.repeat_interleave(samples, 0) for x in (batch.prompt_ids, batch.prompt_mask))
+        ids, mask = torch.cat([ids, inputs], 1), torch.cat([mask, torch.ones_like(inputs)], 1)  # (P*K, L+C-1)
+        positions = (mask.cumsum(1) - 1).clamp(min=0)
+        model.train()  # layers ask for it; the models here have no dropout
+        logits = model(
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=positions,
+            use_cache=False,
+            logits_to_keep=batch.completion_ids.shape[1],
+        ).logits  # (P*K, C, V)
+        model.eval()
+    else:
+        logits, cache, mask, position = prefill(model, batch.prompt_ids, batch.prompt_mask, samples)
+        if inputs.shape[1]:
+            rest = model(
+                input_ids=inputs,
+                attention_mask=torch.cat([mask, torch.ones_like(inputs)], 1),
+                position_ids=position + torch.arange(inputs.shape[1], device=inputs.device),
+                past_key_values=cache,
+                use_cache=True,
+            ).logits
+            logits = torch.cat([logits, rest], 1)  # (P*K, 1, V), (P*K, C-1, V) -> (P*K, C, V)
     all_logps = torch.log_softmax(logits.float() / temperature, -1)
     logps = all_logps.gather(2, batch.completion_ids[:, :, None])[:, :, 0].masked_fill(batch.mask == 0, 0.0)
     finite = torch.isfinite(logps.detach()).all(1).view(-1, samples).all(1)  # (P*K, C) -> (P,)
@@ -268,10 +303,11 @@ def train(
     model: Annotated[Path, typer.Option(help="Model folder to start from.")] = TOY / "model",
     initial_model: Annotated[Path | None, typer.Option(help="Initial policy, for KL.  [default: --model]")] = None,
     optimizer: Annotated[Path | None, typer.Option(help="Optimizer state to go on from.  [default: fresh]")] = None,
-    data: Annotated[Path, typer.Option(help="jsonl file that the selection points into.")] = TOY / "train.jsonl",
+    data: Data = Source(TOY / "train.jsonl"),
     steps: Annotated[int, typer.Option(min=1, help="Batches of rollouts.")] = 40,
     batch_prompts: Annotated[int, typer.Option(min=1, help="P, prompts per step.")] = 64,
     samples: Annotated[int, typer.Option(min=2, help="K, completions per prompt.")] = 8,
+    limit: Limit = None,
     iterations: Annotated[int, typer.Option(min=1, help="Updates per batch of rollouts (GRPO's mu).")] = 1,
     lr: Annotated[float, typer.Option(callback=above_zero, help="AdamW's learning rate.")] = 5e-5,
     max_grad_norm: Annotated[float, typer.Option(callback=above_zero, help="The gradient is cut to this norm.")] = 1.0,
@@ -280,25 +316,47 @@ def train(
     entropy: Annotated[float, typer.Option(min=0, help="Weight of the entropy bonus.")] = 0.001,
     temperature: Temperature = 1.0,
     max_tokens: MaxTokens = 8,
+    max_prompt_tokens: MaxPromptTokens = None,
+    system: System = None,
+    chat: Chat = True,
     reward: Reward = "exact",
+    reward_seconds: RewardSeconds = 10.0,
+    max_errors: MaxErrors = 0.01,
+    engine: Engine = "auto",
+    gpu_memory: GpuMemory = 0.3,
+    dtype: Dtype = "auto",
+    gradient_checkpointing: Annotated[
+        bool, typer.Option("--gradient-checkpointing", help="Compute activations twice instead of keeping them.")
+    ] = False,
     batch_tokens: BatchTokens = 16384,
     seed: Seed = 0,
 ) -> list[dict]:
     check_out(out / "model", model, initial_model, model=True)
-    rows = load_prompts(data)
+    rows = load_prompts(data, limit)
     tensors, metadata = open_tensors(selection, "selection")
-    require(metadata["data"] == digest(data), f"{selection} was made from other data than {data}")
+    require(metadata["data"] == rows.digest, f"{selection} was made from other data than {data}")
     chosen = np.array(tensors["ranked"])  # (N,)
-    policy, tokenizer = load_model(model)
+    model, precision = model_folder(model), pick_dtype(dtype)
+    policy, tokenizer = load_model(model)  # float32: steps of 1e-6 would vanish in bfloat16
+    if precision != torch.float32:
+        policy.forward = torch.autocast(device().type, precision)(policy.forward)
+    encoded = encode_prompts(tokenizer, [rows[i] for i in chosen], system, chat)
+    kept = fitting_prompts(str(selection), encoded, policy, max_tokens, max_prompt_tokens)
+    prompt_ids = {chosen[i]: encoded[i] for i in kept}
+    chosen = chosen[kept]
     own = metadata.get("model") in (None, *lineage(policy, model))  # a baseline's selection names no model
     require(own, f"{selection} was made with another model than {model} or those it was trained from")
-    initial = load_model(initial_model or model)[0].requires_grad_(False) if kl else None
+    initial = load_model(model_folder(initial_model or model), precision)[0].requires_grad_(False) if kl else None
     adamw = torch.optim.AdamW(policy.parameters(), lr=lr, weight_decay=0.0, fused=True)
     if optimizer:
         load_optimizer(optimizer, adamw, policy, model)
     for parameter in policy.parameters():
         parameter.grad = torch.zeros_like(parameter)  # so that AdamW has a state even if no group is ever live
-    engine = TransformersEngine(policy, tokenizer, batch_tokens)
+    vllm = {"batch_tokens": batch_tokens, "dtype": precision, "gpu_memory": gpu_memory, "seed": seed}
+    sampler = open_engine(engine, model, policy, tokenizer, **vllm)
+    verdicts = {"seconds": reward_seconds, "max_errors": max_errors}
+    if gradient_checkpointing:
+        policy.gradient_checkpointing_enable({"use_reentrant": False})
     sampling = {"samples": samples, "max_tokens": max_tokens, "temperature": temperature}
     objective = {"temperature": temperature, "clip": clip, "kl": kl, "entropy": entropy, "batch_tokens": batch_tokens}
     random = np.random.default_rng(seed)
@@ -307,8 +365,21 @@ def train(
     for step in progress:
         start = time.perf_counter()
         picked = random.choice(chosen, min(batch_prompts, len(chosen)), replace=False)
-        prompts = [rows[i] for i in picked]
-        trajectories = sample_trajectories(engine, tokenizer, prompts, picked, reward, **sampling, seed=[seed, step])
+        prompts = [prompt_ids[i] for i in picked]
+        if step:
+            sampler.sync(policy)
+        trajectories = sample_trajectories(
+            sampler,
+            tokenizer,
+            [rows[i] for i in picked],
+            picked,
+            reward,
+            prompts=prompts,
+            verdicts=verdicts,
+            **sampling,
+            seed=[seed, step],
+        )
+        sampler.check(policy, trajectories, temperature)
         sampled = time.perf_counter()
         for _ in range(iterations):
             adamw.zero_grad(set_to_none=False)
@@ -325,6 +396,7 @@ def train(
                 "trajectories": len(trajectories.rewards),
                 "truncated": float(trajectories.truncated.mean()),
                 "completion_tokens": int(trajectories.logp_offsets[-1]),
+                **{f"reward_{name}": count for name, count in trajectories.metadata.items()},
                 **measured,
                 "grad_norm": norm,
                 "seconds_rollout": sampled - start,

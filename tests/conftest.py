@@ -31,6 +31,13 @@ def moved(toy):
     return model
 
 
+@pytest.fixture(scope="session", autouse=True)
+def engines_end():
+    """Before pytest closes the files that vLLM logs to."""
+    yield
+    rollout._vllm.clear()
+
+
 TEMPERATURE = 1.3
 
 

@@ -79,18 +79,18 @@ def test_rollout(refused, world, tmp_path):
             ("\n\n", "no prompts"),
             ('{"prompt": "rev(12)="}\n', "'answer'"),
             ('{"prompt": "rev(12)=", "answer": ""}\n', "'answer'"),
-            ('{"prompt": "rev(12)=", "answer": 21}\n', "'answer'"),
+            ('{"prompt": "rev(12)=", "answer": true}\n', "'answer'"),
             ('{"answer": "21"}\n', "'prompt'"),
             ('["rev(12)=", "21"]\n', "'prompt'"),
-            ('{"prompt": "rev(12)=", "answer": "21"}\n{"prompt": \n', "line 2"),
-            ('{"prompt": "???", "answer": "21"}\n', "prompt 0 has no tokens"),
+            ('{"prompt": "rev(12)=", "answer": "21"}\n{"prompt": \n', "JSON parse error"),
+            ('{"prompt": "???", "answer": "21"}\n', "1 of 1 prompts dropped: empty"),
         ]
     ):
         file = tmp_path / f"bad-{number}.jsonl"
         file.write_text(text)
         refused("rollout", *out, "--data", file, says=says)
     (tmp_path / "latin.jsonl").write_bytes('{"prompt": "é", "answer": "e"}'.encode("latin-1"))
-    refused("rollout", *out, "--data", tmp_path / "latin.jsonl", says="latin.jsonl, line 1")
+    refused("rollout", *out, "--data", tmp_path / "latin.jsonl", says="latin.jsonl: cannot load")
 
 
 def test_what_is_written_must_not_replace_something_else(refused, world, tmp_path):

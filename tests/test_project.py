@@ -267,6 +267,18 @@ def test_pass_rate_norm_and_sample_size_belong_to_their_prompt(small_world):
     assert metadata["data"] == rollout.digest(world / "train.jsonl")
 
 
+def test_bfloat16_gives_nearly_the_same_directions(small_world):
+    w = small_world
+    rollout.rollout(out=w / "t", data=w / "train.jsonl")
+    found = []
+    for dtype in ("float32", "bfloat16"):
+        project.project(trajectories=w / "t", out=w / dtype, k=256, dtype=dtype, halves=0)
+        tensors, _ = rollout.open_tensors(w / dtype, "gradients")
+        found.append(tensors["sketch"][np.argsort(tensors["prompt_index"])])
+    cosine = (found[0] * found[1]).sum(1) / np.linalg.norm(found[0], axis=1) / np.linalg.norm(found[1], axis=1)
+    assert found[1].dtype == np.float32 and cosine.min() > 0.97 and cosine.max() < 1 - 1e-7
+
+
 def test_worked_examples_of_the_docstrings():
     results = doctest.testmod(project, optionflags=doctest.ELLIPSIS)
     assert results.attempted >= 4 and results.failed == 0

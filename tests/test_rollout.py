@@ -201,18 +201,3 @@ def test_any_of_several_end_tokens_ends_a_completion(toy):
     [completions] = engine.generate([ids], [0], samples=50, max_tokens=8, temperature=1.0, seed=[0])
     assert any(c.tokens[-1] == b for c in completions)
     assert all(b not in c.tokens[:-1] for c in completions)
-
-
-def test_rewards_see_every_column_of_the_data(monkeypatch):
-    seen = {}
-    monkeypatch.setitem(rollout.REWARDS, "mine", lambda prompts, completions, **c: seen.update(c) or [1.0, 0.0])
-    rows = [{"prompt": "a", "answer": "b"}, {"prompt": "c", "answer": "d", "level": 3}]
-    assert rollout.verify("mine", rows, ["x", "y"]).tolist() == [1.0, 0.0]
-    assert seen == {"answer": ["b", "d"], "level": [None, 3]}
-
-
-@pytest.mark.parametrize("verdicts", [[1.0], [1.0, float("nan")], [1.0, None]])
-def test_rewards_that_are_not_one_number_each_are_refused(monkeypatch, verdicts):
-    monkeypatch.setitem(rollout.REWARDS, "mine", lambda prompts, completions, **columns: verdicts)
-    with pytest.raises(rollout.BadInput, match="'mine'"):
-        rollout.verify("mine", [{"prompt": "a", "answer": "b"}] * 2, ["x", "y"])

@@ -69,6 +69,35 @@ def test_completion_logps_are_those_of_transformers_logits(moved, ragged):
         torch.testing.assert_close(logps[row, :length], expected.gather(1, ids[n:, None])[:, 0], atol=3e-5, rtol=0)
 
 
+def test_gradient_checkpointing_changes_nothing(moved, toy, ragged):
+    """Another layout, each completion with its prompt, and layers computed twice: the same gradients."""
+    plain, measured = gradients(moved, toy[0], ragged)
+    model = copy.deepcopy(moved)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    twice = []
+    model.model.layers[0].input_layernorm.register_forward_hook(lambda *_: twice.append(1))
+    again = grpo_step(model, toy[0], ragged, **OPTIONS)
+    assert len(twice) == 2  # once forward, once in the backward pass
+    assert again == pytest.approx(measured, rel=1e-4)
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, plain[name], rtol=1e-3, atol=1e-6)
+    assert not model.training
+
+
+def test_bfloat16_autocast_is_near_float32_and_weights_stay_float32(tmp_path):
+    rows = load_prompts(TOY / "train.jsonl")
+    tensors = {"ranked": np.arange(32), "score": np.zeros(32)}
+    rollout.save_tensors(tmp_path / "s", "selection", tensors, {"data": rows.digest})
+    options = {"selection": tmp_path / "s", "steps": 2, "batch_prompts": 32, "lr": 1e-4}
+    log = {d: train.train(out=tmp_path / d, dtype=d, **options) for d in ("float32", "bfloat16")}
+    weights = {d: rollout.load_model(tmp_path / d / "model")[0].state_dict() for d in log}
+    assert all(value.dtype == torch.float32 for value in weights["bfloat16"].values())
+    before = rollout.load_model(TOY / "model")[0].state_dict()
+    moved_by = {d: torch.cat([(w[n] - before[n]).flatten() for n in w]) for d, w in weights.items()}
+    assert 0 < moved_by["bfloat16"].abs().max() <= 2.5e-4  # 2 steps of AdamW
+    assert log["bfloat16"][0]["entropy"] == pytest.approx(log["float32"][0]["entropy"], rel=0.1)
+
+
 OPTIONS = {"temperature": TEMPERATURE, "clip": 0.2, "kl": 0.3, "entropy": 0.2, "batch_tokens": 10**6}
 
 

@@ -1,0 +1,196 @@
+"""Text that looks like GSM8K: worded problems, `#### ` answers, a chat template, byte-level BPE, every data format."""
+
+import json
+import subprocess
+import sys
+
+import datasets
+import numpy as np
+import pytest
+from conftest import ROOT
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+
+import cropi
+import rollout
+from rollout import BadInput, Source, encode_prompts, load_prompts, open_trajectories
+
+TEMPLATE = (
+    "{% if messages[0]['role'] != 'system' %}<|im_start|>system\nYou are helpful.<|im_end|>\n{% endif %}"
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def problems(count: int, seed: int) -> list[dict]:
+    random = np.random.default_rng(seed)
+    rows = []
+    for a, b in random.integers(2, 50, (count, 2)).tolist():
+        text = f"Natalia sold {a} clips in April, and {b} more in May. How many clips did she sell altogether?"
+        rows.append({"question": text, "answer": f"In May: {a}+{b}=<<{a}+{b}={a + b}>>{a + b}.\n#### {a + b}"})
+    return rows
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """Folder with model/, train.parquet, valid-clips.csv, test-clips.jsonl, test-other.json and a reward file."""
+    folder = tmp_path_factory.mktemp("text")
+    rows = {"train": problems(40, 0), "valid-clips": problems(6, 1), "test-clips": problems(5, 2)}
+    rows["test-other"] = problems(4, 3)
+    datasets.Dataset.from_list(rows["train"]).to_parquet(folder / "train.parquet")
+    datasets.Dataset.from_list(rows["valid-clips"]).to_csv(folder / "valid-clips.csv")
+    datasets.Dataset.from_list(rows["test-clips"]).to_json(folder / "test-clips.jsonl")
+    (folder / "test-other.json").write_text(json.dumps(rows["test-other"]))
+
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=special, initial_alphabet=alphabet)
+    bpe.train_from_iterator([row["question"] + row["answer"] for row in rows["train"]], trainer)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|im_end|>", pad_token="<|endoftext|>")
+    tokenizer.chat_template = TEMPLATE
+    config = Qwen2Config(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=2,  # of 32: vLLM's CPU build has no smaller ones
+        num_key_value_heads=1,
+        max_position_embeddings=256,
+        tie_word_embeddings=False,
+        eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=None,
+    )
+    Qwen2ForCausalLM(config).save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    reward = "def even(prompts, completions, answer, question, **columns):\n"
+    reward += "    assert len(question) == len(answer) and '####' in answer[0]\n"
+    (folder / "reward.py").write_text(reward + "    return [float(len(c) % 2 == 0) for c in completions]\n")
+    return folder
+
+
+@pytest.mark.parametrize("engine", ["hf", pytest.param("vllm", marks=pytest.mark.vllm)])
+def test_a_run_passes_through_every_stage(world, tmp_path, engine):
+    command = [sys.executable, "cropi.py", "run", "--model", world / "model", "--train", world / "train.parquet"]
+    command += ["--valid", world / "valid-clips.csv", "--test", f"clips={world / 'test-clips.jsonl'}"]
+    command += ["--test", world / "test-other.json", "--stages", "2", "--frac", "0.5", "--engine", engine]
+    for setting in (
+        *(f"rollout.reward={world / 'reward.py'}:even", "rollout.max_tokens=12", "rollout.samples=4"),
+        *("valid.samples=4", "test.samples=2", "train.steps=2", "train.batch_prompts=8", "train.lr=1e-3"),
+        *("project.k=128", "rollout.system=Think."),
+    ):
+        command += ["--set", setting]
+    out = tmp_path / "run"
+    done = subprocess.run([*map(str, command), "--out", str(out)], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert done.stdout.startswith("device: ")
+    report = json.loads((out / "report.json").read_text())
+    assert report["targeted"] == ["clips"] and len(report["evaluations"]) == 3
+    tokenizer = rollout.load_model(world / "model")[1]
+    stored = open_trajectories(out / "rollouts" / "train.safetensors")
+    text = tokenizer.decode(stored.prompt(0))
+    question = load_prompts(world / "train.parquet")[0]["prompt"]
+    assert (
+        text == f"<|im_start|>system\nThink.<|im_end|>\n<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n"
+    )
+    assert len(rollout.load_model(out / "stage-01" / "model")[0].config.cropi_ancestors) == 2
+    again = subprocess.run([*map(str, command), "--out", str(out)], cwd=ROOT, capture_output=True, text=True)
+    assert again.returncode == 0 and again.stdout.count("(done before)") == 2
+
+
+def test_math_reward_from_gsm8k_answers(world, tmp_path):
+    rolled = rollout.rollout(
+        tmp_path / "r", model=world / "model", data=Source(world / "train.parquet"), samples=2, reward="math", limit=10
+    )
+    assert len(rolled.rewards) == 20 and set(rolled.rewards.tolist()) <= {0.0, 1.0}
+    assert rolled.metadata["prompts"] == 10
+    assert rolled.metadata["data"] != load_prompts(world / "train.parquet").digest
+
+
+def test_every_format_holds_the_same_rows(tmp_path):
+    rows = [{"problem": "1 + 1?", "solution": "2", "level": 3}, {"problem": 'a\nb, "c"', "solution": "007", "level": 4}]
+    table = datasets.Dataset.from_list(rows)
+    table.to_json(tmp_path / "a.jsonl")
+    table.to_csv(tmp_path / "a.csv")
+    table.to_parquet(tmp_path / "a.parquet")
+    (tmp_path / "a.json").write_text(json.dumps(rows))
+    for name in ("a.jsonl", "a.csv", "a.parquet", "a.json"):
+        loaded = load_prompts(tmp_path / name)
+        assert [row["prompt"] for row in loaded] == [row["problem"] for row in rows]
+        assert [row["answer"] for row in loaded] == ["2", "007"], name
+        assert int(loaded[1]["level"]) == 4
+        assert len(load_prompts(tmp_path / name, 1)) == 1
+    both = f"{tmp_path / 'a.json'}+{tmp_path / 'a.csv'}"
+    assert [row["answer"] for row in load_prompts(both)] == ["2", "007"] * 2
+    assert [row["answer"] for row in load_prompts(both, 3)] == ["2", "007", "2"]
+    several = [load_prompts(*some).digest for some in ((both,), (both, 3), (both, 2), (tmp_path / "a.json",))]
+    assert len(set(several)) == 4
+    nested = [{"prompt": [{"role": "user", "content": "1 + 1?"}], "reward_model": {"ground_truth": 2, "style": "rule"}}]
+    (tmp_path / "b.json").write_text(json.dumps(nested))
+    assert load_prompts(tmp_path / "b.json")[0]["answer"] == "2"
+    assert load_prompts(tmp_path / "b.json")[0]["prompt"] == nested[0]["prompt"]
+
+
+def test_chat_template_is_that_of_the_tokenizer(world, toy):
+    tokenizer = rollout.load_model(world / "model")[1]
+    chat = [
+        {"role": "user", "content": "Hi?"},
+        {"role": "assistant", "content": "Yes."},
+        {"role": "user", "content": "1+1"},
+    ]
+    rows = [{"prompt": "1+1"}, {"prompt": chat}]
+    ours = encode_prompts(tokenizer, rows)
+    for ids, messages in zip(ours, ([{"role": "user", "content": "1+1"}], chat), strict=True):
+        theirs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+        assert ids == theirs
+    assert "You are helpful." in tokenizer.decode(ours[0])
+    (empty,) = encode_prompts(tokenizer, rows[:1], system="")
+    assert tokenizer.decode(empty).startswith("<|im_start|>system\n<|im_end|>\n<|im_start|>user\n")
+    (plain,) = encode_prompts(tokenizer, rows[:1], chat=False)
+    assert tokenizer.decode(plain) == "1+1"
+    for tok, some, options in (
+        (toy[1], rows[1:], {}),
+        (toy[1], rows[:1], {"system": "x"}),
+        (tokenizer, rows, {"chat": False}),
+    ):
+        with pytest.raises(BadInput, match="template"):
+            encode_prompts(tok, some, **options)
+
+
+def test_long_prompts_are_dropped_and_counted(world, tmp_path, capsys):
+    rows = [
+        {"prompt": "short", "answer": "1"},
+        {"prompt": "word " * 300, "answer": "1"},
+        {"prompt": "brief", "answer": "1"},
+    ]
+    (tmp_path / "d.json").write_text(json.dumps(rows))
+    options = {"model": world / "model", "data": Source(tmp_path / "d.json"), "samples": 2}
+    rolled = rollout.rollout(tmp_path / "r", **options)
+    assert sorted(rolled.groups()) == [0, 2] and rolled.metadata["prompts"] == 3
+    said = capsys.readouterr().out
+    assert "1 of 3 prompts dropped: empty, or longer than 248 tokens" in said and "exceed the model's 256" in said
+    with pytest.raises(BadInput, match="3 of 3 prompts dropped"):
+        rollout.rollout(tmp_path / "s", **options, max_prompt_tokens=3)
+    assert not (tmp_path / "s").exists()
+
+
+@pytest.mark.parametrize("option", [["--data", "openai/no-such-thing:main"], ["--model", "Qwen/no-such-model"]])
+def test_the_hub_out_of_reach_is_one_line(tmp_path, option):
+    command = [sys.executable, "rollout.py", *option, "--out", str(tmp_path / "x")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 2 and not (tmp_path / "x").exists()
+    [line] = done.stderr.splitlines()
+    assert line.startswith("error: ") and option[1] in line
+
+
+def test_names_of_the_hub(monkeypatch):
+    asked = []
+    table = datasets.Dataset.from_list([{"question": "1 + 1?", "answer": "#### 2"}])
+    monkeypatch.setattr(datasets, "load_dataset", lambda path, **options: asked.append((path, options)) or table)
+    for source in ("some/set", "some/set:main", "some/set:main:train[:-128]", "some/set::test"):
+        assert load_prompts(source)[0]["answer"] == "#### 2"
+    expected = [(None, "train"), ("main", "train"), ("main", "train[:-128]"), (None, "test")]
+    assert asked == [("some/set", {"name": config, "split": split}) for config, split in expected]
+    names = cropi.set_names(["openai/gsm8k:main:test", "a=x/y:z:train[:5]", "/some/test-b.jsonl"], "test-")
+    assert names == {"gsm8k": "openai/gsm8k:main:test", "a": "x/y:z:train[:5]", "b": "/some/test-b.jsonl"}
