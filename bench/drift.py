@@ -41,7 +41,7 @@ STAGES = (0, 1, 2, 4, 8)
 ESTIMATORS = {ratio: {"ratio": ratio} for ratio in project.RATIOS} | {
     "sequence, cap 2": {"ratio": "sequence", "cap": 2.0},
 }
-SETS = {"train": cropi.TOY / "train.jsonl"} | {path.stem: path for path in cropi.TOY_VALID}
+SETS = {"train": cropi.TOY / "train.jsonl"} | {Path(path).stem: path for path in cropi.TOY_VALID}
 
 
 def sample(folder: Path, model: Path, samples: dict[str, int], seed: int) -> dict[str, Path]:

@@ -40,7 +40,7 @@ ETA = 2e-4  # for the change to be near linear in it: `first_order` in the JSON 
 # with 1e-3 it was 1.00 and 1.22, and the rank correlations were within 0.02 of those with 2e-4
 FRESH = 64
 STAGES = (0, 2)
-VALID = {path.stem.removeprefix("valid-"): path for path in cropi.TOY_VALID}
+VALID = cropi.set_names(cropi.TOY_VALID, "valid-")
 
 
 def right_completions(model, tokenizer, path: Path) -> Batch:

@@ -96,6 +96,42 @@ def scoring(rounds: int) -> dict:
     return {"live_prompts": live, "rounds": rounds, "seconds": medians, "score_over": ratio}
 
 
+def sampling(rounds: int, prompts: int = 64, samples: int = 8, max_tokens: int = 8) -> dict:
+    """Our engine and `model.generate` on one batch, the prompts of a training step: completion tokens per second."""
+    model, tokenizer = rollout.load_model(rollout.TOY / "model")
+    texts = [row["prompt"] for row in rollout.load_prompts(rollout.TOY / "train.jsonl")[:prompts]]
+    encoded = tokenizer(texts, add_special_tokens=False).input_ids
+    engine = rollout.TransformersEngine(model, tokenizer)
+    ids, mask = rollout.pad_left(encoded, model.device)
+    options = {"do_sample": True, "top_k": 0, "top_p": 1.0, "temperature": 1.0, "num_return_sequences": samples}
+    options |= {"max_new_tokens": max_tokens, "pad_token_id": tokenizer.pad_token_id}
+
+    def ours() -> int:
+        found = engine.generate(
+            encoded, range(prompts), samples=samples, max_tokens=max_tokens, temperature=1.0, seed=[0]
+        )
+        return sum(len(c.tokens) for group in found for c in group)
+
+    @torch.inference_mode()
+    def theirs() -> int:
+        new = model.generate(input_ids=ids, attention_mask=mask, **options)[:, ids.shape[1] :]
+        return int((new != tokenizer.pad_token_id).sum())
+
+    ours(), theirs()
+    rates: dict[str, list[float]] = {"engine": [], "model.generate": []}
+    for _ in range(rounds):
+        for name, way in zip(rates, (ours, theirs), strict=True):
+            clock = time.perf_counter()
+            tokens = way()
+            rates[name].append(tokens / (time.perf_counter() - clock))
+    ratio = statistics.median(a / b for a, b in zip(*rates.values(), strict=True))
+    medians = {name: statistics.median(values) for name, values in rates.items()}
+    for name, value in medians.items():
+        print(f"{name:16s} {value:8,.0f} completion tokens per second")
+    print(f"engine / model.generate: {ratio:.2f}")
+    return {"tokens_per_second": medians, "engine_over_generate": ratio}
+
+
 def whole_run() -> dict:
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, str(ROOT / "cropi.py"), "run", "--out", folder + "/run"]
@@ -118,6 +154,7 @@ if __name__ == "__main__":
     parser.add_argument("--no-run", action="store_true")
     arguments = parser.parse_args()
     result = {"cores": os.cpu_count(), "torch": torch.__version__, "python": platform.python_version()}
+    result["sampling"] = sampling(arguments.rounds)
     result["scoring"] = scoring(arguments.rounds)
     if not arguments.no_run:
         result["default_run"] = whole_run()

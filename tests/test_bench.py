@@ -1,6 +1,8 @@
 """The study: runs are reused, gone on with and never mixed; the formulas of the comparison against worked numbers."""
 
+import copy
 import doctest
+import importlib
 import json
 import signal
 import subprocess
@@ -10,12 +12,16 @@ import time
 import numpy as np
 import pytest
 import scipy.stats
+import torch
+import typer
 from conftest import ROOT, digests
+from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(ROOT / "bench"))
 
 import ablate
 import compare
+import plan
 import tries
 
 import cropi
@@ -271,3 +277,55 @@ def test_the_table_has_its_place(tmp_path):
     assert compare.place_for(file, "tries") == ("before\n<!-- tries -->\n", "<!-- /tries -->\nafter\n")
     with pytest.raises(BadInput, match="has no place for the table: the lines <!-- other --> and <!-- /other -->"):
         compare.place_for(file, "other")
+
+
+@pytest.mark.parametrize("bench", sorted(path.stem for path in (ROOT / "bench").glob("*.py")))
+def test_every_bench_can_start(bench):
+    assert f"bench/{bench}.py" in importlib.import_module(bench).__doc__
+
+
+def test_the_plan_counts_what_torch_counts(toy):
+    """FLOPs against torch's own counter, which does not know that attention is causal."""
+    costs, length, model = plan.Costs(toy[0]), 40, copy.deepcopy(toy[0])
+    model.set_attn_implementation("eager")  # of the fused one it counts nothing on a CPU
+    ids = torch.randint(2, 41, (1, length))
+    with FlopCounterMode(display=False) as counted, torch.no_grad():
+        model(ids)
+    assert counted.get_total_flops() == 2 * costs.matrices * length + costs.attention * length**2
+    causal = costs.forward(length, 0, 0)
+    assert causal == 2 * costs.matrices * length + costs.attention * length**2 / 2
+    assert costs.forward(10, 15, 2) == costs.forward(10, 0, 0) + 2 * (costs.forward(25, 0, 0) - costs.forward(10, 0, 0))
+    assert costs.weights == toy[0].num_parameters()
+
+
+@pytest.mark.parametrize(("size", "weights"), [("1.5B", 1.54e9), ("7B", 7.61e9)])  # as the model cards say
+def test_the_plan_of_a_preset_needs_no_weights(tmp_path, size, weights):
+    config = ROOT / "bench" / "configs" / f"Qwen2.5-{size}-Instruct.json"
+    names = {"train": 1000, "valid-a": 10, "test-a": 20}
+    options = ["--train", "x", "--valid", "a=y", "--test", "a=z", "--set", "project.k=1024", "--stages", "2"]
+    rows = plan.plan(options, config=config, prompts=[f"{n}={c}" for n, c in names.items()], live=0.5)
+    rows = {row["what"]: row for row in rows}
+    assert rows["scoring, pool"]["disk"] == 2 * 500 * 1024 * 4
+    assert rows["training, updates"]["disk"] == pytest.approx(2 * 12 * weights, rel=0.01)
+    assert rows["offline rollouts, pool"]["tokens"] == 1000 * (128 + 8 * 8)
+    assert rows["all"]["hours"] == pytest.approx(sum(row["hours"] for row in rows.values()) / 2)
+    with pytest.raises(BadInput, match="no config"):
+        plan.plan(options, config=tmp_path, prompts=[f"{n}={c}" for n, c in names.items()])
+
+
+def test_the_plan_is_what_a_run_writes(small_world):
+    """Tokens and bytes of a small run, planned from its mean lengths and its share of live prompts."""
+    files = [f"--{kind}={small_world}/{kind}-rev.jsonl" for kind in ("valid", "test")]
+    run = [f"--train={small_world}/train.jsonl", *files, "--stages=1"]
+    run += [word for setting in SETTINGS for word in ("--set", setting)]
+    command = typer.main.get_command(cropi.app).commands["run"]
+    command.invoke(command.make_context("cropi.py", [*run, "--out", str(small_world / "run")]))
+    pool = rollout.open_trajectories(small_world / "run/rollouts/train.safetensors")
+    live = len(pool.live_groups()) / 60
+    lengths = {"prompt_tokens": pool.prompt_length.mean(), "completion_tokens": pool.completion_length.mean()}
+    rows = {row["what"]: row for row in plan.plan(run, live=live, **lengths)}
+    assert rows["offline rollouts, pool"]["tokens"] == pytest.approx(
+        len(pool.tokens) - 7 * pool.prompt_length[::8].sum(), rel=1e-6
+    )
+    written = (small_world / "run/stage-00/gradients-train.safetensors").stat().st_size
+    assert rows["scoring, pool"]["disk"] == 60 * live * 64 * 4 < written

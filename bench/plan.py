@@ -1,0 +1,168 @@
+"""What a run will need: prompts, tokens, FLOPs, hours, memory and disk, from its options and the model's config alone.
+
+    python bench/plan.py                                                         # the bundled world, at the defaults
+    python bench/plan.py --tflops 300 --live 0.5 --completion-tokens 400 -- RUN  # RUN: the options of cropi.py run
+
+Nothing is loaded but the config (the model stands on the meta device) and, to count prompts, the data. Where data
+cannot be opened, `--prompts NAME=COUNT` says how many there are, NAME being train, valid-SET or test-SET.
+
+A forward pass costs, per token, 2 FLOPs for each weight of a linear layer and 4 · layers · width for each token that it
+looks back on; a backward pass twice that. What is guessed are options: the mean lengths (completions are as long as
+they may be unless one says), the share of prompts that is live, and the FLOP/s that are sustained: fewer in sampling,
+which waits for memory, than in scoring and training.
+
+Memory of training: float32 weights, gradients and AdamW's two moments (16 bytes a weight), the initial policy, the
+logits of a batch four times over in float32, and activations, 34 bytes per layer, token and unit of width (Korthikanti
+et al., Reducing Activation Recomputation in Large Transformer Models, 2022, without attention's part; 2 bytes with
+gradient checkpointing). A batch has `batch_tokens` tokens, or those of one prompt's K completions. vLLM takes its
+share, `gpu_memory`, while it samples, beside the weights.
+"""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import cropi  # noqa: E402
+from rollout import BadInput, above_zero, command_line, load_prompts, new_app, require  # noqa: E402
+
+
+def defaults(script: str) -> dict:
+    """The default of every option of a script."""
+    return {p.name: p.default for p in typer.main.get_command(cropi.STAGES[script].app).params}
+
+
+class Costs:
+    """Parameters and FLOPs of a model on the meta device."""
+
+    def __init__(self, model: nn.Module):
+        config = model.config
+        self.weights = sum({id(p): p.numel() for p in model.parameters()}.values())  # tied ones once
+        self.matrices = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear))
+        self.layers, self.width, self.vocabulary = config.num_hidden_layers, config.hidden_size, config.vocab_size
+        self.largest = max(p.numel() for p in model.parameters())
+        heads = config.num_attention_heads
+        self.attention = 4 * self.layers * heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
+
+    def forward(self, prompt: float, completion: float, samples: int) -> float:
+        """FLOPs of a prompt and its K completions, the prompt computed once.
+
+        A token at place t looks back on t tokens, so a span from a to b costs attention (b² - a²)/2.
+        """
+        back = prompt**2 / 2 + samples * ((prompt + completion) ** 2 - prompt**2) / 2
+        return 2 * self.matrices * (prompt + samples * completion) + self.attention * back
+
+
+def human(value: float, unit: str = "") -> str:
+    for prefix in ("", "k", "M", "G", "T", "P", "E"):
+        if abs(value) < 1000 or prefix == "E":
+            return f"{value:.3g} {prefix}{unit}".strip()
+        value /= 1000
+    raise AssertionError
+
+
+app = new_app()
+
+
+@app.command(help=__doc__.splitlines()[0])
+def plan(
+    options: Annotated[list[str] | None, typer.Argument(help="After --: the options of cropi.py run.")] = None,
+    tflops: Annotated[float, typer.Option(callback=above_zero, help="Sustained in scoring and training.")] = 200.0,
+    rollout_tflops: Annotated[float, typer.Option(callback=above_zero, help="Sustained in sampling.")] = 20.0,
+    live: Annotated[float, typer.Option(min=0, max=1, help="Share of prompts that are live.")] = 0.5,
+    prompt_tokens: Annotated[float, typer.Option(callback=above_zero, help="Mean length of a prompt.")] = 128,
+    completion_tokens: Annotated[
+        float | None, typer.Option(callback=above_zero, help="Mean length of a completion.  [default: --max-tokens]")
+    ] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="config.json to plan with.  [default: that of --model, from the Hub too]")
+    ] = None,
+    prompts: Annotated[list[str] | None, typer.Option(help="NAME=COUNT, in place of opening the data; repeat.")] = None,
+) -> list[dict]:
+    command = typer.main.get_command(cropi.app).commands["run"]
+    try:
+        run = command.make_context("run", list(options or [])).params
+    except typer.BadParameter.__base__ as error:
+        raise BadInput(error.format_message()) from None
+    settings = {
+        name: defaults(name) | chosen for name, chosen in cropi.parse_settings(run["assignments"] or []).items()
+    }
+    given = dict(text.split("=", 1) for text in prompts or [] if "=" in text)
+    require(len(given) == len(prompts or []), "--prompts is NAME=COUNT")
+
+    def count(name: str, source: str) -> int:
+        if name in given:
+            require(given[name].isdigit(), f"--prompts {name}={given[name]}: not a number")
+            return int(given[name])
+        return len(load_prompts(source, run["limit"]))
+
+    pool = count("train", run["pool"])
+    sets = {kind: cropi.set_names(run[kind], f"{kind}-").items() for kind in ("valid", "test")}
+    valid, test = (sum(count(f"{kind}-{name}", source) for name, source in sets[kind]) for kind in ("valid", "test"))
+    valid = valid if run["selector"] == "influence" else 0
+    try:
+        shape = AutoConfig.from_pretrained(config or run["model"])
+    except (OSError, ValueError) as error:
+        raise BadInput(f"{config or run['model']}: no config ({str(error).splitlines()[0]})") from None
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(shape)
+    costs, stages = Costs(model), run["stages"]
+    roll, check, score, step = (settings[name] for name in ("rollout", "valid", "project", "train"))
+    c = completion_tokens or roll["max_tokens"]
+    p = prompt_tokens
+    rows = []
+
+    def add(what: str, groups: float, samples: int, passes: float, speed: float, memory: float, disk: float) -> None:
+        """`groups` prompts with K samples, `passes` forward passes each."""
+        flops, tokens = groups * passes * costs.forward(p, c, samples), groups * (p + samples * c)
+        row = {"what": what, "prompts": groups, "tokens": tokens, "flops": flops, "hours": flops / speed / 3.6e15}
+        rows.append(row | {"memory": memory, "disk": disk})
+
+    weights = (4 if roll["dtype"] == "float32" else 2) * costs.weights
+    depth = costs.layers * costs.width
+    cache = roll["batch_tokens"] * (4 * depth + 4 * costs.vocabulary / 8)
+
+    def add_rollouts(what: str, groups: int, samples: int) -> None:
+        add(what, groups, samples, 1, rollout_tflops, 2 * weights + cache, groups * samples * 4 * (p + 2 * c))
+
+    refreshes = 1 + ((stages - 1) // run["refresh_every"] if run["refresh_every"] else 0)
+    offline = pool if run["selector"] not in ("full", "random") else 0
+    add_rollouts("offline rollouts, pool", refreshes * offline, roll["samples"])
+    add_rollouts("offline rollouts, validation", refreshes * valid, check["samples"])
+    if run["selector"] == "influence":
+        passes = 1 if run["static"] else stages
+        for what, groups, samples in (("pool", pool, roll["samples"]), ("validation", valid, check["samples"])):
+            scored, tokens = passes * live * groups, max(score["batch_tokens"], p + samples * c)
+            memory = weights + costs.weights + 4 * costs.largest + tokens * (34 * depth + 16 * costs.vocabulary)
+            add(f"scoring, {what}", scored, samples, 3, tflops, memory, scored * 4 * score["k"])
+    chosen = pool if run["selector"] == "full" else max(1, round(run["frac"] * pool))
+    drawn = stages * step["steps"] * min(step["batch_prompts"], chosen)
+    tokens = max(step["batch_tokens"], p + step["samples"] * c)
+    memory = 16 * costs.weights + (weights if step["kl"] else 0)
+    memory += tokens * ((2 if step["gradient_checkpointing"] else 34) * depth + 16 * costs.vocabulary)
+    add("training, sampling", drawn, step["samples"], 1, rollout_tflops, memory, 0)
+    passes = 3 * step["iterations"] + (step["iterations"] if step["kl"] else 0)
+    add("training, updates", live * drawn, step["samples"], passes, tflops, memory, stages * 12 * costs.weights)
+    add_rollouts("evaluation", (stages + 1) * test, settings["test"]["samples"])
+    total = {key: sum(row[key] for row in rows) for key in ("prompts", "tokens", "flops", "hours", "disk")}
+    rows.append({"what": "all", **total, "memory": max(row["memory"] for row in rows)})
+    print(
+        f"{config or run['model']}: {human(costs.weights)} parameters; "
+        f"{stages} stages of {step['steps']} steps, {chosen:,} prompts chosen"
+    )
+    print("| | prompts | tokens | FLOPs | hours | memory | disk |\n|---|---|---|---|---|---|---|")
+    for row in rows:
+        cells = [human(row["prompts"]), human(row["tokens"]), human(row["flops"]), f"{row['hours']:.2g}"]
+        print(f"| {' | '.join([row['what'], *cells, human(row['memory'], 'B'), human(row['disk'], 'B')])} |")
+    return rows
+
+
+if __name__ == "__main__":
+    command_line(app)
