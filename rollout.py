@@ -677,6 +677,10 @@ class VllmEngine:
         )
         self.rest()
 
+    def close(self) -> None:
+        """End the engine's process, so that its memory is free at once."""
+        self.llm.llm_engine.engine_core.shutdown()
+
     def rest(self) -> None:
         if self.sleeps:
             self.llm.sleep(level=1)  # weights to the host's memory, the KV cache away
@@ -765,6 +769,11 @@ TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.05}  # mean |Δ log-prob|; r
 _vllm: dict[tuple, VllmEngine] = {}  # the process's engine, by what it cannot change
 
 
+def close_engine() -> None:
+    while _vllm:
+        _vllm.popitem()[1].close()
+
+
 def open_engine(
     engine: str,
     folder: Path,
@@ -786,7 +795,7 @@ def open_engine(
     if kind in _vllm:
         _vllm[kind].load(folder)
     else:
-        _vllm.clear()
+        close_engine()
         shape = policy.config
         head = getattr(shape, "head_dim", None) or shape.hidden_size // shape.num_attention_heads
         _vllm[kind] = VllmEngine(folder, head, dtype, gpu_memory, seed)

@@ -35,7 +35,7 @@ def moved(toy):
 def engines_end():
     """Before pytest closes the files that vLLM logs to."""
     yield
-    rollout._vllm.clear()
+    rollout.close_engine()
 
 
 TEMPERATURE = 1.3

@@ -125,9 +125,12 @@ def test_verdicts_are_a_mathematicians():
     verify("math", [{"prompt": "?", "answer": "1"}], [r"\boxed{1}"])  # starts the processes
     wrong, slow = [], []
     for answer, completion, equal in PAIRS:
-        start = time.perf_counter()
-        verdict, counts = verify("math", [{"prompt": "?", "answer": answer}], [completion])
-        if time.perf_counter() - start > 1:
+        seconds = []
+        while not seconds or (seconds[-1] > 1 and len(seconds) < 3):  # the machine may be busy
+            start = time.perf_counter()
+            verdict, counts = verify("math", [{"prompt": "?", "answer": answer}], [completion])
+            seconds.append(time.perf_counter() - start)
+        if min(seconds) > 1:
             slow.append((answer, completion[:40], counts))
         if verdict != equal or any(counts.values()):
             wrong.append((answer, completion[:40], verdict, counts))
