@@ -256,8 +256,14 @@ class GradientSketcher:
         self.workspace = torch.empty(max(largest, self.MATRIX_ELEMENTS), device=model.device, dtype=model.dtype)
         # weight or bias -> (the layer's input, output gradient δ) of each call; a prompt and its completions are two
         self.caught: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {}
-        for module in layers:
-            module.register_forward_hook(self._catch([names[id(p)] for p in module.parameters()]))
+        self.hooks = [
+            module.register_forward_hook(self._catch([names[id(p)] for p in module.parameters()])) for module in layers
+        ]
+
+    def close(self) -> None:
+        """Let go of the model: a hook and what it belongs to would keep each other in memory."""
+        for hook in self.hooks:
+            hook.remove()
 
     def _catch(self, names: list[str]) -> Callable:
         def forward_hook(module: nn.Module, inputs: tuple, output: torch.Tensor) -> None:
@@ -307,7 +313,11 @@ class GradientSketcher:
             else:  # token ids (P, T), δ (P, T, H)
                 gradient = gradient if number else gradient.zero_()
                 row = taken + len(weight) * torch.arange(prompts, device=taken.device)[:, None]
-                gradient.flatten(0, 1).index_add_(0, row.flatten(), delta.flatten(0, 1))
+                rows = gradient.flatten(0, 1)  # a frequent token's is a long sum, which bfloat16 would lose
+                summed = rows if rows.dtype == torch.float32 else rows.float()
+                summed.index_add_(0, row.flatten(), delta.flatten(0, 1).to(summed.dtype))
+                if summed is not rows:
+                    rows.copy_(summed)
         return gradient
 
 
@@ -319,6 +329,24 @@ def split_groups(batch: Batch, parts: int) -> Batch:
         prompt_ids=batch.prompt_ids.repeat_interleave(parts, 0),
         prompt_mask=batch.prompt_mask.repeat_interleave(parts, 0),
     )
+
+
+def join_pieces(
+    pieces: list[tuple[range, torch.Tensor, torch.Tensor, torch.Tensor]], samples: int, parts: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """A group computed in pieces of n trajectories: rows (n,), sketch (k,), log ratios and mask (n, C) of each.
+
+    Returns the sketches of its `parts` equal parts, (parts, k), each the mean over its trajectories, and the log ratios
+    and the mask of all, (K, C).
+    """
+    start, width = pieces[0][0].start, max(mask.shape[1] for *_, mask in pieces)
+    sketch = torch.zeros(parts, len(pieces[0][1]), device=pieces[0][1].device)
+    for rows, of_piece, _, _ in pieces:
+        sketch[(rows.start - start) * parts // samples] += of_piece * (len(rows) * parts / samples)
+    change, mask = (
+        torch.cat([nn.functional.pad(piece[n], (0, width - piece[n].shape[1])) for piece in pieces]) for n in (2, 3)
+    )
+    return sketch, change, mask
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -386,6 +414,7 @@ def project(
     columns |= {name: np.zeros(len(live), np.float32) for name in ("grad_norm", *STALENESS)}
     if halved:
         columns["half_sketch"] = np.zeros((len(halved), k), np.float32)
+    samples, pieces = len(next(iter(live.values()))), []
     done = 0
     with (
         save_rows(out, "gradients", "sketch", (len(live), k), columns, metadata) as write,
@@ -393,9 +422,17 @@ def project(
     ):
         for parts in (2, 1):
             some = {i: group for i, group in live.items() if (i in halved) == (parts == 2)}
-            for groups in micro_batches(stored, some, batch_tokens):
+            for groups in micro_batches(stored, some, batch_tokens, parts=parts):
                 batch = collate(stored, groups, policy.device)
-                sketch, logps = sketcher.sketch(split_groups(batch, parts), temperature)
+                cut = len(groups[0][1]) < samples
+                sketch, logps = sketcher.sketch(batch if cut else split_groups(batch, parts), temperature)
+                change, mask = logps - batch.behavior_logps, batch.mask
+                if cut:
+                    pieces.append((groups[0][1], sketch[0], change, mask))
+                    if groups[0][1].stop < some[groups[0][0]].stop:
+                        continue
+                    sketch, change, mask = join_pieces(pieces, samples, parts)
+                    pieces.clear()
                 sketch = sketch.view(len(groups), parts, k)
                 rows = slice(done, done + len(groups))
                 if parts == 2:
@@ -407,7 +444,7 @@ def project(
                 which = f"prompt {', '.join(map(str, bad))} of {trajectories}"
                 require(not bad, f"gradient is not finite at {which}; if its weights have grown too large, set --cap")
                 write(sketch.cpu().numpy())
-                found |= staleness(logps - batch.behavior_logps, batch.mask, len(groups))
+                found |= staleness(change, mask, len(groups))
                 columns["prompt_index"][rows] = batch.prompt_index
                 for name, values in found.items():
                     columns[name][rows] = values.cpu().numpy()
@@ -420,6 +457,7 @@ def project(
         means = {name: float(values.mean()) for name, values in columns.items() if name in STALENESS}
         means["largest_change"] = float(columns["largest_change"].max())
         metadata["diagnostics"] = {"live_prompts": len(live)} | means
+    sketcher.close()
     return metadata["diagnostics"]
 
 

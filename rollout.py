@@ -21,14 +21,16 @@ The policy is softmax(logits / temperature) everywhere: here, in the GRPO step a
 no top-p and no top-k, since both would bend the ratios π/β that the off-policy gradient is made of (equation 2).
 
 A completion depends on model, temperature, seed, data file, K, token limit and prompt alone: not on batch size or the
-order of the prompts, beyond rounding. Evaluation is this script on a test set: accuracy is the mean reward of a
-trajectory file.
+order of the prompts, beyond rounding. (With vLLM it is another one every time.)
+
+Evaluation is this script on a test set: accuracy is the mean reward of a trajectory file.
 """
 
 import atexit
 import functools
 import hashlib
 import importlib.util
+import itertools
 import json
 import logging
 import multiprocessing
@@ -47,6 +49,7 @@ from typing import Annotated, Literal
 import numpy as np
 import torch
 import typer
+from jinja2 import TemplateError
 from pebble import ProcessPool
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
@@ -84,7 +87,7 @@ def command_line(app: typer.Typer) -> None:
         message = error.format_message()
     except BadInput as error:
         message = str(error)
-    print(f"error: {message}", file=sys.stderr)
+    print("error:", *message.split(), file=sys.stderr)  # one line, whatever a library has said
     sys.exit(2)
 
 
@@ -134,6 +137,11 @@ def check_out(out: Path, *inputs: Path | None, model: bool = False) -> None:
     require(not out.is_dir() or (model and (out / "config.json").is_file()), f"{out} is a folder; choose another name")
     parent = next(path for path in out.absolute().parents if path.exists())
     require(parent.is_dir(), f"{out}: {parent} is not a folder")
+    try:
+        with tempfile.TemporaryFile(dir=parent):
+            pass
+    except OSError as error:
+        raise BadInput(f"{out}: cannot write in {parent} ({error.strerror})") from None
 
 
 def digest(path: Path) -> str:
@@ -232,7 +240,7 @@ COLUMNS = {"prompt": ("prompt", "problem", "question"), "answer": ("answer", "so
 
 
 def load_prompts(source: Source | str | Path, limit: int | None = None) -> Prompts:
-    """The rows of the data set, or the first `limit`; of several, joined by +, one after another.
+    """The rows of the data set, or its first `limit`; of several, joined by +, one after another.
 
     Raises:
         BadInput: not there, not readable, or a row without prompt or answer.
@@ -242,6 +250,7 @@ def load_prompts(source: Source | str | Path, limit: int | None = None) -> Promp
     rows = Prompts()
     digests = [] if limit is None else [str(limit)]
     for part in parts:
+        require(bool(part), f"{source!r}: no name of a data set before or after +")
         path = Path(part)
         local = path.suffix in FILES
         require(not local or path.is_file(), f"{path}: no such data file")
@@ -251,9 +260,7 @@ def load_prompts(source: Source | str | Path, limit: int | None = None) -> Promp
         found = _load_rows(part, path.stat().st_mtime_ns if local else None)
         text = None if local else json.dumps(found, default=str).encode()
         digests.append(digest(path) if local else hashlib.sha256(text).hexdigest()[:16])
-        rows += found
-    if limit is not None:
-        del rows[limit:]
+        rows += found[:limit]
     rows.digest = digests[0] if len(digests) == 1 else hashlib.sha256(" ".join(digests).encode()).hexdigest()[:16]
     return rows
 
@@ -275,6 +282,8 @@ def _load_rows(source: str, written: int | None) -> list[dict]:
     try:
         table = datasets.load_dataset(name, **options).to_list()
     except Exception as error:  # of many kinds, from pyarrow to the network
+        nothing = re.search(r"corresponds to no data|BatchSize must be greater than 0", str(error))
+        require(not nothing, f"{source}: no prompts in it")
         reason = str(error.__cause__ or error).strip().partition("\n")[0]
         hint = "" if kind else "; a data set of the Hub is NAME[:CONFIG[:SPLIT]], a local one ends in .jsonl, .csv ..."
         raise BadInput(f"{source}: cannot load this data set ({reason}){hint}") from None
@@ -285,7 +294,10 @@ def _load_rows(source: str, written: int | None) -> list[dict]:
             if column == "answer" and isinstance(value, int | float) and not isinstance(value, bool):
                 value = str(value)
             whole = isinstance(value, str) or (column == "prompt" and _is_chat(value))
-            require(bool(value) and whole, f"{source}, row {number}: no {column!r} (looked for {', '.join(names)})")
+            require(
+                bool(value) and whole,
+                f"{source}, row {number}: no {column!r}, or an empty one (looked for {', '.join(names)})",
+            )
             row[column] = value
         rows.append(row)
     require(bool(rows), f"{source}: no prompts in it")
@@ -322,10 +334,14 @@ def encode_prompts(
         require(bool(template), f"row {number}: the prompt is a chat, and there is no chat template for it")
         if isinstance(messages, str):
             messages = [{"role": "user", "content": messages}]
-        if system is not None:
+        if system is not None:  # in place of the data's own
+            messages = [m for m in messages if m["role"] != "system"]
             messages = [{"role": "system", "content": system}, *messages]
-        texts.append(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
-    return tokenizer(texts, add_special_tokens=False).input_ids
+        try:
+            texts.append(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+        except TemplateError as error:  # Gemma's, for one, knows no system prompt
+            raise BadInput(f"row {number}: the model's chat template refuses the prompt ({error})") from None
+    return tokenizer(texts, add_special_tokens=not template).input_ids  # a template brings them along
 
 
 @functools.cache
@@ -409,20 +425,23 @@ def _text(completion: str | list[dict]) -> str:
 
 
 def final_answer(text: str) -> str | None:
-    r"""What the last \boxed{} holds, braces counted, or what follows the last `####`; None if there is neither.
+    r"""What the last \boxed{} holds, braces counted, or else what follows the last `####`; None if there is neither.
 
     >>> final_answer(r"so \boxed{1} or \boxed{\frac{1}{2}}."), final_answer("6 * 7 = 42 #### 42"), final_answer("42")
     ('\\frac{1}{2}', '42', None)
     """
-    boxed, marked = text.rfind("\\boxed{"), text.rfind("####")
-    if boxed > marked:
+    if boxes := list(BOX.finditer(text)):
+        start = boxes[-1].end()
+        if text[start : start + 1] != "{":  # \boxed 5
+            return text[start:].partition("$")[0].split(maxsplit=1)[0].rstrip(".,") if text[start:].strip() else None
         depth = 0
-        for place in range(start := boxed + len("\\boxed"), len(text)):
+        for place in range(start, len(text)):
             depth += (text[place] == "{") - (text[place] == "}")
             if depth == 0:
                 return text[start + 1 : place].strip()
         return None
-    return text[marked + 4 :].strip().partition("\n")[0].strip() if marked >= 0 else None
+    _, marked, rest = text.rpartition("####")
+    return rest.strip().partition("\n")[0].strip(" *") if marked else None
 
 
 def same_answer(gold: str, answer: str | None) -> bool:
@@ -430,9 +449,25 @@ def same_answer(gold: str, answer: str | None) -> bool:
     compared as text."""
     if answer is None:
         return False
-    gold, answer = (text.strip().rstrip(".") for text in (gold, answer))
-    if gold == answer or max(len(gold), len(answer)) > 300 or HUGE.search(gold + " " + answer):
-        return gold == answer
+    if max(len(gold), len(answer)) > 300 or HUGE.search(gold + " " + answer):
+        return gold.strip() == answer.strip()
+    gold, answer = _tidy(gold), _tidy(answer)
+    if gold == answer:
+        return True
+    # What math-verify lets pass: (1,2) for {1,2}, "8 hours and 30 minutes" for 8, 4 = 5 for 5, 11_3 for 11_2.
+    kinds = [BRACKET.match(text) for text in (gold, answer)]
+    if all(kinds) and kinds[0][1] != kinds[1][1]:
+        return False
+    if answer.startswith("[") and NUMBER.fullmatch(gold):
+        return False
+    if MORE.search(answer) and not MORE.search(gold) and "," not in gold:
+        return False
+    left, equals, _ = answer.partition("=")
+    if equals and "=" not in gold and NUMBER.fullmatch(left):
+        return False
+    bases = [BASE.fullmatch(text) for text in (gold, answer)]
+    if all(bases) and bases[0][1] != bases[1][1]:
+        return False
     import math_verify
 
     # Its own time limits are signals, which need the main thread: the worker's time limit is ours.
@@ -440,7 +475,25 @@ def same_answer(gold: str, answer: str | None) -> bool:
     return math_verify.verify(*parsed, timeout_seconds=None)
 
 
+def _tidy(text: str) -> str:
+    """Without what a mathematician would not look at: a full stop, currency, units behind a number."""
+    text = CURRENCY.sub("", text.strip().rstrip(".,;"))
+    text = WRAPPED.sub(r"\1", text).strip()
+    text = re.sub(r"^(-?\d+)\s+(\d+)/(\d+)$", r"\1\\frac{\2}{\3}", text)  # 11 1/2
+    text = re.sub(r"^(.+?)\s*=\s*([a-z])$", r"\2=\1", text)  # 5 = x
+    unit = UNIT.fullmatch(text)
+    return unit[1] if unit and not MORE.search(text) else text
+
+
+BOX = re.compile(r"\\(?:boxed|fbox)\s*(?=\{|\s\S)")
 HUGE = re.compile(r"\d\s*\^\s*\{?\s*\d+\s*\^|\^\s*\{?\s*\d{5}|(\)|\d{4})\s*!")  # 9^{9^9}, 2^{99999}, (9^9)!
+NUMBER = re.compile(r"[-+\d.,/ ]+")
+BRACKET = re.compile(r"(?:\\left\s*)?\\?(\(|\[|\{)")
+BASE = re.compile(r"\d+_\{?(\d+)\}?")
+CURRENCY = re.compile(r"^(?:\\?\$|€|£|¥)\s*|(?:\\?\$|€|£|¥)$")
+WRAPPED = re.compile(r"^\\text\{([^{}]*)\}$")
+UNIT = re.compile(r"(-?(?:\d[\d,]*\.?\d*|\.\d+))(?:\\? |\s|~)*(?:\\text\{[^{}\d]*\}|[A-Za-z][A-Za-z ]+)")  # 18 dollars
+MORE = re.compile(r"\b(and|or|half|third|quarter|dozen|hundred|thousand|million|billion|percent)\b")
 
 
 @functools.cache
@@ -453,8 +506,8 @@ def load_reward(reward: str) -> Callable[..., list[float]]:
     if reward in REWARDS:
         return REWARDS[reward]
     path, colon, name = reward.rpartition(":")
-    known = f"it is one of {', '.join(REWARDS)} or FILE.py:FUNCTION"
-    require(bool(colon) and Path(path).is_file(), f"no reward {reward!r}; {known}")
+    require(bool(colon), f"no reward {reward!r}; it is one of {', '.join(REWARDS)} or FILE.py:FUNCTION")
+    require(Path(path).is_file(), f"reward {reward!r}: no file {path}")
     spec = importlib.util.spec_from_file_location("reward_of_the_user", path)
     module = importlib.util.module_from_spec(spec)
     try:
@@ -486,20 +539,26 @@ def verify(
     Raises:
         BadInput: more failed, or the function returned another number of values, or one that is not finite.
     """
-    counts, last = {"errors": 0, "timeouts": 0}, ""
-    tasks = [(row, text) for row, text in zip(rows, completions, strict=True)]
+    counts, last, allowed = {"errors": 0, "timeouts": 0}, "", max(1, max_errors * len(rows))
+    tasks = list(zip(rows, completions, strict=True))
     if reward == "exact":
         return np.array([_verdict(reward, *task)[0] for task in tasks], np.float32), counts
     verdicts = np.zeros(len(rows), np.float32)
-    for m, future in enumerate([workers().schedule(_verdict, (reward, *task), timeout=seconds) for task in tasks]):
+    futures = [workers().schedule(_verdict, (reward, *task), timeout=seconds) for task in tasks]
+    for m, future in enumerate(tqdm(futures, desc="verify", unit="verdict", leave=False, delay=5, disable=None)):
         try:
             values = future.result()
-        except TimeoutError:
-            counts["timeouts"] += 1
-            continue
         except Exception as error:  # whatever a reward function may raise; pebble's ProcessExpired where it died
-            counts["errors"] += 1
-            last = f"; the last error was {type(error).__name__}: {error}"
+            late = isinstance(error, TimeoutError)
+            counts["timeouts" if late else "errors"] += 1
+            last = last if late else f"; the last error was {type(error).__name__}: {error}"
+            if sum(counts.values()) > allowed:
+                for left in futures[m + 1 :]:
+                    left.cancel()
+                said = ", ".join(f"{count} {name}" for name, count in counts.items())
+                raise BadInput(
+                    f"reward {reward!r}: {said} in {m + 1} of {len(rows)} verdicts, more than --max-errors{last}"
+                ) from None
             continue
         number = isinstance(values, Sequence) and len(values) == 1 and isinstance(values[0], int | float | np.number)
         whole = number and np.isfinite(values[0])
@@ -508,9 +567,6 @@ def verify(
             f"reward {reward!r} returned {values!r:.80} for one completion, not a list of one finite number",
         )
         verdicts[m] = values[0]
-    failed, allowed = sum(counts.values()), max(1, max_errors * len(rows))
-    said = ", ".join(f"{count} {name}" for name, count in counts.items())
-    require(failed <= allowed, f"reward {reward!r}: {said} in {len(rows)} verdicts, more than --max-errors{last}")
     return verdicts, counts
 
 
@@ -666,6 +722,8 @@ class VllmEngine:
 
             sizes = CPUAttentionBackend.get_supported_head_sizes()
             require(head in sizes, f"{folder}: attention heads of {head}; vLLM on a CPU has {sizes}; use --engine hf")
+        if self.sleeps:
+            torch.cuda.empty_cache()  # vLLM asks for free memory at the start; torch keeps what it has used
         self.llm = LLM(
             model=str(folder),
             dtype=str(dtype).removeprefix("torch."),
@@ -687,7 +745,7 @@ class VllmEngine:
 
     def rise(self) -> None:
         if self.sleeps and self.llm.llm_engine.is_sleeping():
-            torch.cuda.empty_cache()  # what scoring and training have used, and torch keeps
+            torch.cuda.empty_cache()
             self.llm.wake_up()
 
     def load(self, folder: Path) -> None:
@@ -697,9 +755,11 @@ class VllmEngine:
         self.llm.reset_prefix_cache()  # keys and values of the weights before
 
     def sync(self, policy: PreTrainedModel) -> None:
-        """Take over the policy's weights, through a checkpoint folder, in shared memory where there is some."""
-        with tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None) as folder:
-            weights = {name: value.to(self.dtype) for name, value in policy.state_dict().items()}
+        """Take over the policy's weights, through a checkpoint folder, in shared memory where there is room."""
+        weights = {name: value.to(self.dtype) for name, value in policy.named_parameters()}  # tied ones once
+        size, memory = sum(value.nbytes for value in weights.values()), Path("/dev/shm")
+        fits = memory.is_dir() and shutil.disk_usage(memory).free > 1.1 * size  # in a container it may be 64 MB
+        with tempfile.TemporaryDirectory(dir=memory if fits else None) as folder:
             policy.save_pretrained(folder, state_dict=weights)
             self.load(Path(folder))
 
@@ -719,27 +779,31 @@ class VllmEngine:
 
         self.rise()
         options = SamplingParams(
-            n=samples, temperature=temperature, max_tokens=max_tokens, logprobs=0, top_p=1.0, top_k=-1
-        )
-        inputs = [{"prompt_token_ids": list(map(int, prompt))} for prompt in prompts]
-        groups = [
-            [
-                Completion(
-                    np.array(sampled.token_ids, np.int32),
-                    np.array(
-                        [lp[t].logprob for t, lp in zip(sampled.token_ids, sampled.logprobs, strict=True)], np.float32
-                    ),
-                    sampled.finish_reason == "length",
-                )
-                for sampled in request.outputs
-            ]
-            for request in self.llm.generate(inputs, options, use_tqdm=progress is not None)
-        ]
+            n=samples, temperature=temperature, max_tokens=max_tokens, top_p=1.0, top_k=-1, detokenize=False,
+            logprobs=0, flat_logprobs=True,  # those of the sampled tokens alone
+        )  # fmt: skip
+        groups = []
+        disable = None if progress else True
+        step = max(1, 8192 // samples)  # a part at a time, since what vLLM returns takes much memory
+        with tqdm(total=len(prompts), desc=progress, unit="prompt", leave=False, disable=disable) as bar:
+            for start in range(0, len(prompts), step):
+                some = prompts[start : start + step]
+                inputs = [{"prompt_token_ids": list(map(int, prompt))} for prompt in some]
+                for request in self.llm.generate(inputs, options, use_tqdm=False):
+                    groups.append([self._completion(sampled) for sampled in request.outputs])
+                    bar.update()
         self.rest()
         for i, group in zip(prompt_index, groups, strict=True):
             finite = all(np.isfinite(c.logps).all() for c in group)
             require(finite, f"logits are not finite at prompt {i}")
         return groups
+
+    def _completion(self, sampled) -> Completion:
+        """Of vLLM's CompletionOutput; its flat log-probs hold one for each token, that of the token."""
+        logps = sampled.logprobs
+        assert list(logps.token_ids) == list(sampled.token_ids)
+        cut = sampled.finish_reason == "length"
+        return Completion(np.array(sampled.token_ids, np.int32), np.array(logps.logprobs, np.float32), cut)
 
     @torch.inference_mode()
     def check(self, policy: PreTrainedModel, trajectories: "Trajectories", temperature: float) -> None:
@@ -874,15 +938,20 @@ class Trajectories:
     def __post_init__(self):
         self.completion_length = np.diff(self.offsets) - self.prompt_length  # (M,)
         self.logp_offsets = np.concatenate([[0], np.cumsum(self.completion_length)])  # (M+1,) into behavior_logps
+        starts = np.flatnonzero(np.diff(self.prompt_index, prepend=-1))
+        self.bounds = np.append(starts, len(self.prompt_index))  # (N+1,) group n is rows bounds[n]:bounds[n+1]
 
     def prompt(self, m: int) -> np.ndarray:
         return self.tokens[self.offsets[m] : self.offsets[m] + self.prompt_length[m]]
 
     def groups(self) -> dict[int, range]:
         """prompt_index -> rows of its K trajectories, which stand side by side."""
-        starts = np.flatnonzero(np.diff(self.prompt_index, prepend=-1)).tolist()
-        stops = [*starts[1:], len(self.prompt_index)]
-        return {int(self.prompt_index[a]): range(a, b) for a, b in zip(starts, stops, strict=True)}
+        return {int(self.prompt_index[a]): range(a, b) for a, b in itertools.pairwise(self.bounds.tolist())}
+
+    def group_of(self, row: int) -> range:
+        """Rows of the whole group that a trajectory belongs to."""
+        n = np.searchsorted(self.bounds, row, side="right")
+        return range(*self.bounds[n - 1 : n + 1].tolist())
 
     def live_groups(self) -> dict[int, range]:
         """The groups whose rewards differ. In all others every advantage, so the gradient, is exactly 0."""
@@ -900,6 +969,7 @@ def sample_trajectories(
     prompt_index: Sequence[int],
     reward: str,
     *,
+    policy: PreTrainedModel | None = None,
     prompts: Sequence[Sequence[int]] | None = None,
     verdicts: dict | None = None,
     **sampling,
@@ -907,6 +977,7 @@ def sample_trajectories(
     """K verified trajectories for each of N prompts; `rows[n]` has the index `prompt_index[n]`.
 
     Args:
+        policy: what the engine should sample from, for its `check`.
         prompts: token ids, where they are known.
         verdicts: options of `verify`; its counts are the metadata of what is returned.
         sampling: goes to the engine: samples, max_tokens, temperature, seed, progress.
@@ -918,18 +989,22 @@ def sample_trajectories(
     texts = tokenizer.batch_decode([c.tokens for c in completions], skip_special_tokens=True)
     prompt_length = np.repeat(np.array([len(p) for p in prompts], np.int32), samples)
     lengths = prompt_length + np.array([len(c.tokens) for c in completions])
-    rewards, counts = verify(reward, [row for row in rows for _ in range(samples)], texts, **(verdicts or {}))
     pieces = [piece for p, group in zip(prompts, groups, strict=True) for c in group for piece in (p, c.tokens)]
-    return Trajectories(
+    trajectories = Trajectories(
         tokens=np.concatenate(pieces).astype(np.int32),
         offsets=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
         prompt_length=prompt_length,
         behavior_logps=np.concatenate([c.logps for c in completions]).astype(np.float32),
-        rewards=rewards,
+        rewards=np.zeros(len(completions), np.float32),
         prompt_index=np.repeat(np.asarray(prompt_index, np.int32), samples),
         truncated=np.array([c.truncated for c in completions], np.uint8),
-        metadata=counts,
+        metadata={},
     )
+    if policy is not None:
+        engine.check(policy, trajectories, sampling["temperature"])
+    rows = [row for row in rows for _ in range(samples)]  # (M,)
+    trajectories.rewards, trajectories.metadata = verify(reward, rows, texts, **(verdicts or {}))
+    return trajectories
 
 
 TENSORS = ("tokens", "offsets", "prompt_length", "behavior_logps", "rewards", "prompt_index", "truncated")
@@ -949,7 +1024,7 @@ app = new_app()
 Data = Annotated[
     Source, typer.Option(parser=Source, help="jsonl, json, csv, parquet, or NAME[:CONFIG[:SPLIT]] on the Hub.")
 ]
-Limit = Annotated[int | None, typer.Option(min=1, help="Use only the first so many rows of the data.")]
+Limit = Annotated[int | None, typer.Option(min=1, help="Use only the first so many rows of each source.")]
 Temperature = Annotated[float, typer.Option(callback=above_zero, help="The policy is softmax(logits / temperature).")]
 MaxTokens = Annotated[int, typer.Option(min=1, help="Longest completion, in tokens.")]
 MaxPromptTokens = Annotated[
@@ -1031,13 +1106,13 @@ def rollout(
         [rows[i] for i in kept],
         kept,
         reward,
+        policy=policy,
         prompts=[encoded[i] for i in kept],
         verdicts={"seconds": reward_seconds, "max_errors": max_errors},
         **options,
         seed=[seed, int(rows.digest, 16)],
         progress=f"rollout {out.stem}",
     )
-    sampler.check(policy, trajectories, temperature)
     failed = trajectories.metadata
     options |= {"reward": reward, "seed": seed}
     trajectories.metadata = {"model": digest(model), "data": rows.digest, "prompts": len(rows), "options": options}

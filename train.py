@@ -30,6 +30,7 @@ Deviations from the paper's RL stage:
  4. One temperature for everything, 1 by default (paper: stored trajectories at 0.5).
 """
 
+import functools
 import json
 import time
 from collections.abc import Iterator, Sequence
@@ -141,7 +142,7 @@ class Batch:
 
 
 def collate(trajectories: Trajectories, groups: Sequence[tuple[int, range]], device: torch.device) -> Batch:
-    """Pad the given groups (prompt_index, rows (K,)) of trajectories into a batch."""
+    """Pad the given groups (prompt_index, rows (K,)), or parts of groups, into a batch."""
     prompt_ids, prompt_mask = pad_left([trajectories.prompt(rows[0]) for _, rows in groups], device)
     rows = np.concatenate([rows for _, rows in groups])  # (P*K,)
     length = trajectories.completion_length[rows]
@@ -151,7 +152,12 @@ def collate(trajectories: Trajectories, groups: Sequence[tuple[int, range]], dev
     completion_ids, behavior_logps = np.zeros(mask.shape, np.int64), np.zeros(mask.shape, np.float32)
     completion_ids[mask] = trajectories.tokens[(first_token[:, None] + column)[mask]]
     behavior_logps[mask] = trajectories.behavior_logps[(trajectories.logp_offsets[rows][:, None] + column)[mask]]
-    rewards = torch.from_numpy(trajectories.rewards[rows]).view(len(groups), -1)  # (P, K)
+    whole = [trajectories.group_of(rows[0]) for _, rows in groups]  # advantages belong to it, whatever the part
+    rewards = torch.from_numpy(trajectories.rewards[np.stack(whole)])  # (P, K)
+    advantages = group_advantages(rewards).numpy()
+    advantages = [
+        of[np.array(part) - all_.start] for of, (_, part), all_ in zip(advantages, groups, whole, strict=True)
+    ]
     return Batch(
         prompt_index=[i for i, _ in groups],
         prompt_ids=prompt_ids,
@@ -159,20 +165,43 @@ def collate(trajectories: Trajectories, groups: Sequence[tuple[int, range]], dev
         completion_ids=torch.from_numpy(completion_ids).to(device),
         mask=torch.from_numpy(mask).float().to(device),
         behavior_logps=torch.from_numpy(behavior_logps).to(device),
-        advantages=group_advantages(rewards).flatten().to(device),  # (P, K) -> (P*K,)
+        advantages=torch.from_numpy(np.concatenate(advantages)).to(device),
     )
 
 
 def micro_batches(
-    trajectories: Trajectories, groups: dict[int, range], batch_tokens: int
+    trajectories: Trajectories,
+    groups: dict[int, range],
+    batch_tokens: int,
+    *,
+    parts: int = 1,
+    repeat_prompt: bool = False,
 ) -> Iterator[list[tuple[int, range]]]:
-    """Groups (prompt_index, rows (K,)) in batches of at most `batch_tokens` padded tokens, or of one group."""
+    """Groups (prompt_index, rows (K,)) in batches of at most `batch_tokens` padded tokens.
+
+    A group with more is cut, and its pieces follow each other as batches of their own, of one trajectory at least.
+
+    Args:
+        parts: so many equal parts of a group, none of which shares a piece with another.
+        repeat_prompt: each completion comes with its prompt.
+    """
     items = sorted(groups.items())
-    sizes = [
-        (int(trajectories.completion_length[rows].max()), int(trajectories.prompt_length[rows[0]])) for _, rows in items
-    ]
-    for batch in pack(sizes, len(items[0][1]) if items else 1, batch_tokens):
-        yield [items[i] for i in batch]
+    sizes = []  # (longest completion, prompt)
+    for _, rows in items:
+        longest, prompt = int(trajectories.completion_length[rows].max()), int(trajectories.prompt_length[rows[0]])
+        sizes.append((longest + prompt, 0) if repeat_prompt else (longest, prompt))
+    samples = len(items[0][1]) if items else 1
+    for batch in pack(sizes, samples, batch_tokens):
+        longest, prompt = sizes[batch[0]]
+        i, rows = items[batch[0]]
+        if len(batch) > 1 or samples == 1 or prompt + samples * longest <= batch_tokens:
+            yield [items[i] for i in batch]
+            continue
+        most = max(1, (batch_tokens - prompt) // longest)
+        for part in range(parts):
+            own = rows[part * samples // parts : (part + 1) * samples // parts]
+            for start in range(0, len(own), most):
+                yield [(i, own[start : start + most])]
 
 
 def completion_logps(model: PreTrainedModel, batch: Batch, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -242,7 +271,8 @@ def grpo_step(
     """
     sequences = len(trajectories.rewards)  # P*K, dead groups included
     sums = dict.fromkeys(["objective", "kl", "entropy", "outside_clip", "tokens"], 0.0)
-    for groups in micro_batches(trajectories, trajectories.live_groups(), batch_tokens):
+    live, repeated = trajectories.live_groups(), model.is_gradient_checkpointing
+    for groups in micro_batches(trajectories, live, batch_tokens, repeat_prompt=repeated):
         batch = collate(trajectories, groups, model.device)
         all_logps, logps = completion_logps(model, batch, temperature)
         with torch.set_grad_enabled(entropy > 0):
@@ -250,7 +280,7 @@ def grpo_step(
         value = policy_objective(logps, batch.behavior_logps, batch.advantages, clip) + entropy * token_entropy
         if initial is not None:
             with torch.no_grad():
-                _, initial_logps = completion_logps(initial, batch, temperature)
+                initial_logps = completion_logps(initial, batch, temperature)[1]  # all (P*K, C, V) would stay for long
             token_kl = k3_kl(logps, initial_logps)
             value = value - kl * token_kl
             sums["kl"] += (token_kl.detach() * batch.mask).sum().item()
@@ -284,7 +314,8 @@ def load_optimizer(path: Path, optimizer: torch.optim.AdamW, model: PreTrainedMo
     same = metadata["model"] == digest(model_path)
     require(same, f"{path} is the optimizer state of another model than {model_path}")
     for name, parameter in model.named_parameters():
-        optimizer.state[parameter] = {"step": torch.tensor(float(metadata["steps"]))} | {
+        steps = torch.tensor(float(metadata["steps"]), device=parameter.device)  # where a fused optimizer has it
+        optimizer.state[parameter] = {"step": steps} | {
             moment: torch.from_numpy(np.array(moments[f"{name}.{moment}"])).to(parameter.device)
             for moment in ("exp_avg", "exp_avg_sq")
         }
@@ -326,7 +357,11 @@ def train(
     gpu_memory: GpuMemory = 0.3,
     dtype: Dtype = "auto",
     gradient_checkpointing: Annotated[
-        bool, typer.Option("--gradient-checkpointing", help="Compute activations twice instead of keeping them.")
+        bool,
+        typer.Option(
+            "--gradient-checkpointing/--no-gradient-checkpointing",
+            help="Compute activations twice instead of keeping them.",
+        ),
     ] = False,
     batch_tokens: BatchTokens = 16384,
     seed: Seed = 0,
@@ -338,15 +373,15 @@ def train(
     chosen = np.array(tensors["ranked"])  # (N,)
     model, precision = model_folder(model), pick_dtype(dtype)
     policy, tokenizer = load_model(model)  # float32: steps of 1e-6 would vanish in bfloat16
-    if precision != torch.float32:
-        policy.forward = torch.autocast(device().type, precision)(policy.forward)
+    half = functools.partial(torch.autocast, device().type, precision, enabled=precision != torch.float32)
     encoded = encode_prompts(tokenizer, [rows[i] for i in chosen], system, chat)
     kept = fitting_prompts(str(selection), encoded, policy, max_tokens, max_prompt_tokens)
     prompt_ids = {chosen[i]: encoded[i] for i in kept}
     chosen = chosen[kept]
     own = metadata.get("model") in (None, *lineage(policy, model))  # a baseline's selection names no model
     require(own, f"{selection} was made with another model than {model} or those it was trained from")
-    initial = load_model(model_folder(initial_model or model), precision)[0].requires_grad_(False) if kl else None
+    # float32 as well: rounding to bfloat16 moves log-probs by more than training does at first
+    initial = load_model(model_folder(initial_model or model))[0].requires_grad_(False) if kl else None
     adamw = torch.optim.AdamW(policy.parameters(), lr=lr, weight_decay=0.0, fused=True)
     if optimizer:
         load_optimizer(optimizer, adamw, policy, model)
@@ -368,22 +403,24 @@ def train(
         prompts = [prompt_ids[i] for i in picked]
         if step:
             sampler.sync(policy)
-        trajectories = sample_trajectories(
-            sampler,
-            tokenizer,
-            [rows[i] for i in picked],
-            picked,
-            reward,
-            prompts=prompts,
-            verdicts=verdicts,
-            **sampling,
-            seed=[seed, step],
-        )
-        sampler.check(policy, trajectories, temperature)
+        with half():
+            trajectories = sample_trajectories(
+                sampler,
+                tokenizer,
+                [rows[i] for i in picked],
+                picked,
+                reward,
+                policy=policy,
+                prompts=prompts,
+                verdicts=verdicts,
+                **sampling,
+                seed=[seed, step],
+            )
         sampled = time.perf_counter()
         for _ in range(iterations):
             adamw.zero_grad(set_to_none=False)
-            measured = grpo_step(policy, initial, trajectories, **objective)
+            with half():
+                measured = grpo_step(policy, initial, trajectories, **objective)
             norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), max_grad_norm).item()
             require(np.isfinite(norm), f"gradient is not finite at step {step}, prompts {sorted(picked.tolist())}")
             adamw.step()

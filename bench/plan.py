@@ -11,11 +11,14 @@ looks back on; a backward pass twice that. What is guessed are options: the mean
 they may be unless one says), the share of prompts that is live, and the FLOP/s that are sustained: fewer in sampling,
 which waits for memory, than in scoring and training.
 
-Memory of training: float32 weights, gradients and AdamW's two moments (16 bytes a weight), the initial policy, the
-logits of a batch four times over in float32, and activations, 34 bytes per layer, token and unit of width (Korthikanti
-et al., Reducing Activation Recomputation in Large Transformer Models, 2022, without attention's part; 2 bytes with
-gradient checkpointing). A batch has `batch_tokens` tokens, or those of one prompt's K completions. vLLM takes its
-share, `gpu_memory`, while it samples, beside the weights.
+Memory is that of the largest batch, of `batch_tokens` tokens, or of one trajectory if that is longer:
+- activations, 2.5 bytes for each input and output of a linear layer, and token. In bfloat16, on Qwen2.5-1.5B's shape,
+  what autograd saves is 2.4 in scoring, whose peak is 2.4 too, and 2.5 in training. With gradient checkpointing it is
+  one layer's share, and 4 bytes times the width for each of the others.
+- log-probs over the vocabulary, 12 bytes in scoring and 20 in training for each token and entry,
+- training: float32 weights, gradients, AdamW's two moments and the initial policy (20 bytes a weight),
+- scoring: weights, one sign a coordinate, the gradient of the largest tensor,
+- vLLM, while it samples: its share of the device (`gpu_memory`) beside what the scripts hold.
 """
 
 import sys
@@ -48,6 +51,10 @@ class Costs:
         self.matrices = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear))
         self.layers, self.width, self.vocabulary = config.num_hidden_layers, config.hidden_size, config.vocab_size
         self.largest = max(p.numel() for p in model.parameters())
+        features = sum(m.in_features + m.out_features for m in model.modules() if isinstance(m, nn.Linear))
+        self.activations = 2.5 * (
+            features - config.hidden_size - config.vocab_size
+        )  # bytes a token, but for the head's
         heads = config.num_attention_heads
         self.attention = 4 * self.layers * heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
 
@@ -81,6 +88,9 @@ def plan(
     completion_tokens: Annotated[
         float | None, typer.Option(callback=above_zero, help="Mean length of a completion.  [default: --max-tokens]")
     ] = None,
+    device_memory: Annotated[
+        float, typer.Option(callback=above_zero, help="Of the GPU, in GB, for vLLM's share.")
+    ] = 80,
     config: Annotated[
         Path | None, typer.Option(help="config.json to plan with.  [default: that of --model, from the Hub too]")
     ] = None,
@@ -107,6 +117,9 @@ def plan(
     sets = {kind: cropi.set_names(run[kind], f"{kind}-").items() for kind in ("valid", "test")}
     valid, test = (sum(count(f"{kind}-{name}", source) for name, source in sets[kind]) for kind in ("valid", "test"))
     valid = valid if run["selector"] == "influence" else 0
+    require(config is None or config.exists(), f"{config}: no such file")
+    unknown = set(given) - {"train", *(f"{kind}-{name}" for kind in sets for name, _ in sets[kind])}
+    require(not unknown, f"--prompts {', '.join(sorted(unknown))}: no such set in this run")
     try:
         shape = AutoConfig.from_pretrained(config or run["model"])
     except (OSError, ValueError) as error:
@@ -126,11 +139,12 @@ def plan(
         rows.append(row | {"memory": memory, "disk": disk})
 
     weights = (4 if roll["dtype"] == "float32" else 2) * costs.weights
-    depth = costs.layers * costs.width
-    cache = roll["batch_tokens"] * (4 * depth + 4 * costs.vocabulary / 8)
+    vllm = 0 if roll["engine"] == "hf" else roll["gpu_memory"] * device_memory * 1e9
+    if not vllm:  # keys, values and log-probs of a batch
+        vllm = roll["batch_tokens"] * (4 * costs.layers * costs.width + costs.vocabulary)
 
     def add_rollouts(what: str, groups: int, samples: int) -> None:
-        add(what, groups, samples, 1, rollout_tflops, 2 * weights + cache, groups * samples * 4 * (p + 2 * c))
+        add(what, groups, samples, 1, rollout_tflops, weights + vllm, groups * samples * 4 * (p + 2 * c))
 
     refreshes = 1 + ((stages - 1) // run["refresh_every"] if run["refresh_every"] else 0)
     offline = pool if run["selector"] not in ("full", "random") else 0
@@ -139,17 +153,23 @@ def plan(
     if run["selector"] == "influence":
         passes = 1 if run["static"] else stages
         for what, groups, samples in (("pool", pool, roll["samples"]), ("validation", valid, check["samples"])):
-            scored, tokens = passes * live * groups, max(score["batch_tokens"], p + samples * c)
-            memory = weights + costs.weights + 4 * costs.largest + tokens * (34 * depth + 16 * costs.vocabulary)
+            scored, tokens = passes * live * groups, max(score["batch_tokens"], p + roll["max_tokens"])
+            memory = weights + costs.weights + 6 * costs.largest
+            memory += tokens * (costs.activations + 12 * costs.vocabulary)
             add(f"scoring, {what}", scored, samples, 3, tflops, memory, scored * 4 * score["k"])
     chosen = pool if run["selector"] == "full" else max(1, round(run["frac"] * pool))
     drawn = stages * step["steps"] * min(step["batch_prompts"], chosen)
-    tokens = max(step["batch_tokens"], p + step["samples"] * c)
-    memory = 16 * costs.weights + (weights if step["kl"] else 0)
-    memory += tokens * ((2 if step["gradient_checkpointing"] else 34) * depth + 16 * costs.vocabulary)
-    add("training, sampling", drawn, step["samples"], 1, rollout_tflops, memory, 0)
-    passes = 3 * step["iterations"] + (step["iterations"] if step["kl"] else 0)
-    add("training, updates", live * drawn, step["samples"], passes, tflops, memory, stages * 12 * costs.weights)
+    held = (20 if step["kl"] else 16) * costs.weights
+    add("training, sampling", drawn, step["samples"], 1, rollout_tflops, held + vllm, 0)
+    activations, passes = costs.activations, 3
+    groups, samples = live * drawn, step["samples"]
+    if step["gradient_checkpointing"]:  # one more pass forward, and each completion with its own prompt
+        activations, passes = activations / costs.layers + 4 * costs.layers * costs.width, 4
+        groups, samples = groups * samples, 1
+    passes = passes * step["iterations"] + (step["iterations"] if step["kl"] else 0)
+    memory = held + max(step["batch_tokens"], p + step["max_tokens"]) * (activations + 20 * costs.vocabulary)
+    add("training, updates", groups, samples, passes, tflops, memory, stages * 12 * costs.weights)
+    rows[-1]["prompts"] = live * drawn
     add_rollouts("evaluation", (stages + 1) * test, settings["test"]["samples"])
     total = {key: sum(row[key] for row in rows) for key in ("prompts", "tokens", "flops", "hours", "disk")}
     rows.append({"what": "all", **total, "memory": max(row["memory"] for row in rows)})

@@ -101,6 +101,7 @@ def test_what_is_written_must_not_replace_something_else(refused, world, tmp_pat
     refused("rollout", *given, "--out", tmp_path / "folder", says="is a folder")
     refused("rollout", *given, "--out", w / "train.jsonl", says="is an input too")
     refused("rollout", *given, "--out", w / "train.jsonl" / "x", says="is not a folder")
+    refused("rollout", *given, "--out", "/proc/x/y", says="cannot write in /proc")
     refused("project", "--trajectories", w / "t.safetensors", "--out", w / "t.safetensors", says="is an input too")
     shutil.copytree(TOY / "model", tmp_path / "m")
     refused("rollout", *given, "--out", tmp_path / "m", says="is a folder")

@@ -311,6 +311,8 @@ def test_the_plan_of_a_preset_needs_no_weights(tmp_path, size, weights):
     assert rows["all"]["hours"] == pytest.approx(sum(row["hours"] for row in rows.values()) / 2)
     with pytest.raises(BadInput, match="no config"):
         plan.plan(options, config=tmp_path, prompts=[f"{n}={c}" for n, c in names.items()])
+    with pytest.raises(BadInput, match="test-b: no such set"):
+        plan.plan(options, config=config, prompts=["train=5", "valid-a=5", "test-a=5", "test-b=5"])
 
 
 def test_the_plan_is_what_a_run_writes(small_world):

@@ -50,6 +50,17 @@ PAIRS = [
     (r"\text{yes}", r"\boxed{yes}", True),
     ("A", r"\boxed{\text{A}}", True),
     (r"\text{(C)}", r"\boxed{(C)}", True),
+    ("18", "#### 18 dollars", True),
+    ("18", r"\boxed{18~\text{eggs}}", True),
+    ("18", r"\boxed{\text{18 dollars}}", True),
+    ("18", "#### €18", True),
+    ("5", "#### **5**", True),
+    ("5", "\\boxed{5}\n\n#### Verification", True),
+    ("5", r"$\boxed 5$", True),
+    ("5", r"\fbox{5}", True),
+    ("5", r"\boxed{5 = x}", True),
+    ("11.5", r"\boxed{11 1/2}", True),
+    ("1,2", r"\boxed{x=1 \text{ or } x=2}", True),
     # algebra, tuples, sets, intervals, matrices
     ("(x+1)^2", r"\boxed{x^2+2x+1}", True),
     ("x^2-1", r"\boxed{(x-1)(x+1)}", True),
@@ -96,6 +107,15 @@ PAIRS = [
     ("7", r"\boxed{5} rather than 7", False),
     ("7", "it is 7", False),  # in neither form
     ("7", r"\boxed{7} or maybe \boxed{8}", False),
+    ("11001_2", r"\boxed{11001_3}", False),
+    ("(1,2)", r"\boxed{\{1,2\}}", False),
+    ("5", r"\boxed{[5]}", False),
+    ("9", r"\boxed{9 \text{ and a half}}", False),
+    ("8", r"\boxed{8 \text{ hours and } 30 \text{ minutes}}", False),
+    ("5", r"\boxed{5 \text{ thousand}}", False),
+    ("5", r"\boxed{4=5}", False),
+    ("7", r"\boxed{7 \text{ or } 8}", False),
+    ("18", r"\boxed{18x}", False),
     # nothing there, or not to be parsed
     ("5", "", False),
     ("5", r"\boxed{}", False),
@@ -206,7 +226,9 @@ def test_a_verdict_that_hangs_or_dies_costs_itself_alone(rewards):
     assert counts == {"errors": 2, "timeouts": 1}
     assert verdicts.tolist() == [float(text not in ("hang", "die", "raise")) for text in texts]
     assert time.perf_counter() - start < 120
-    with pytest.raises(BadInput, match=r"1 errors, 1 timeouts in 3 verdicts, more than --max-errors; .*no such thing"):
+    with pytest.raises(
+        BadInput, match=r"1 errors, 1 timeouts in 2 of 3 verdicts, more than --max-errors; .*no such thing"
+    ):
         verify(f"{rewards}:hangs", rows[:3], ["raise", "hang", "a"], seconds=1.0)
     assert verify(f"{rewards}:hangs", rows[:2], ["raise", "a"])[1]["errors"] == 1  # a single one always may
 
@@ -223,7 +245,7 @@ def test_unknown_rewards_are_refused(rewards, tmp_path):
     for reward, says in (
         ("exactly", "no reward 'exactly'; it is one of exact, math or FILE.py:FUNCTION"),
         (f"{rewards}:absent", "has no function absent"),
-        ("missing.py:f", "no reward 'missing.py:f'"),
+        ("missing.py:f", "no file missing.py"),
         (f"{broken}:f", "does not run .ModuleNotFoundError"),
     ):
         with pytest.raises(BadInput, match=says):

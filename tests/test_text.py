@@ -123,8 +123,8 @@ def test_every_format_holds_the_same_rows(tmp_path):
         assert len(load_prompts(tmp_path / name, 1)) == 1
     both = f"{tmp_path / 'a.json'}+{tmp_path / 'a.csv'}"
     assert [row["answer"] for row in load_prompts(both)] == ["2", "007"] * 2
-    assert [row["answer"] for row in load_prompts(both, 3)] == ["2", "007", "2"]
-    several = [load_prompts(*some).digest for some in ((both,), (both, 3), (both, 2), (tmp_path / "a.json",))]
+    assert [row["answer"] for row in load_prompts(both, 1)] == ["2", "2"]
+    several = [load_prompts(*some).digest for some in ((both,), (both, 3), (both, 1), (tmp_path / "a.json",))]
     assert len(set(several)) == 4
     nested = [{"prompt": [{"role": "user", "content": "1 + 1?"}], "reward_model": {"ground_truth": 2, "style": "rule"}}]
     (tmp_path / "b.json").write_text(json.dumps(nested))
@@ -147,6 +147,12 @@ def test_chat_template_is_that_of_the_tokenizer(world, toy):
     assert "You are helpful." in tokenizer.decode(ours[0])
     (empty,) = encode_prompts(tokenizer, rows[:1], system="")
     assert tokenizer.decode(empty).startswith("<|im_start|>system\n<|im_end|>\n<|im_start|>user\n")
+    own = [{"prompt": [{"role": "system", "content": "its own"}, {"role": "user", "content": "x"}], "answer": "y"}]
+    assert "its own" in tokenizer.decode(encode_prompts(tokenizer, own)[0])
+    assert tokenizer.decode(encode_prompts(tokenizer, own, system="mine")[0]).count("system") == 1
+    tokenizer.chat_template = "{{ raise_exception('no system prompt here') }}"
+    with pytest.raises(BadInput, match=r"row 1: the model's chat template refuses the prompt .no system prompt here"):
+        encode_prompts(tokenizer, own)
     (plain,) = encode_prompts(tokenizer, rows[:1], chat=False)
     assert tokenizer.decode(plain) == "1+1"
     for tok, some, options in (
