@@ -433,7 +433,8 @@ def final_answer(text: str) -> str | None:
     if boxes := list(BOX.finditer(text)):
         start = boxes[-1].end()
         if text[start : start + 1] != "{":  # \boxed 5
-            return text[start:].partition("$")[0].split(maxsplit=1)[0].rstrip(".,") if text[start:].strip() else None
+            word = re.match(r"\s*([^\s$]+)", text[start:])
+            return word[1].rstrip(".,") if word else None
         depth = 0
         for place in range(start, len(text)):
             depth += (text[place] == "{") - (text[place] == "}")
