@@ -15,13 +15,14 @@ The algorithm (Data-Efficient RLVR via Off-Policy Influence Guidance, arXiv 2510
 Each step is a script that also runs alone; this one calls their functions in one process (eight stages of separate
 processes would spend longer importing than learning on the toy) and prints the shell command that does the same.
 
-One run is one folder. A block of work is whole when its `summary.json` stands; running the same command again goes on
-after the last whole one.
+One run is one folder. What has been done stands in its journals, with the digests of the files; running the same
+command again checks them and goes on, inside a rollout, a scoring pass or a stage of training too. Only one process may
+be at work in the folder.
 
     runs/NAME/
       run.json                           settings, digests of model and data, versions
       rollouts/{train,valid-*}.safetensors   β's trajectories;  test-*.safetensors: the evaluation before training
-      stage-00/                          each folder of work ends with its summary.json
+      stage-00/                          each folder of work has its journal.json, and ends with its summary.json
         rollouts/                               β's trajectories, where they were refreshed
         gradients-{train,valid-*}.safetensors   selection.{safetensors,csv}
         model/  optimizer.safetensors           metrics.jsonl (a line per step and per evaluation)
@@ -33,9 +34,11 @@ import importlib.metadata
 import importlib.util
 import itertools
 import json
+import os
 import platform
 import re
 import shlex
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -50,22 +53,34 @@ import project
 import rollout
 import train
 from rollout import (
+    FREE,
     TOY,
     BadInput,
     Engine,
     Limit,
+    SaveEvery,
     Source,
+    Unfinished,
     above_zero,
     check_out,
     command_line,
     device,
+    differences,
     digest,
+    in_words,
+    is_intact,
+    load_json,
     load_prompts,
+    locked,
     model_folder,
     new_app,
     open_tensors,
+    remove_folder,
     require,
+    safe_point,
+    settings_of,
     whole_file,
+    write_json,
 )
 
 
@@ -90,6 +105,8 @@ SHARED = (  # set for `rollout`, these hold for valid, test and train as well
     *("temperature", "max_tokens", "max_prompt_tokens", "system", "chat", "reward", "reward_seconds", "max_errors"),
     *("engine", "gpu_memory", "dtype", "limit"),
 )
+KEPT = (".safetensors", ".csv", ".jsonl")  # what a folder of work holds, beside the model
+KINDS = {"rollout": "trajectories", "project": "gradients", "train": "training"}  # of files that are made in parts
 OURS = {  # options that the loop itself gives to each script
     *("out", "model", "data", "seed", "trajectories", "gradients", "valid_gradients", "method", "frac"),
     *("selection", "previous", "initial_model", "optimizer"),
@@ -147,11 +164,6 @@ def call(script: str, **options):
     return getattr(SCRIPTS[script], script)(**options)
 
 
-def write_json(path: Path, content: object) -> None:
-    with whole_file(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=1) + "\n")
-
-
 def set_names(texts: list[str], prefix: str) -> dict[str, Source]:
     """NAME=SOURCE, or SOURCE alone: valid-rev.jsonl is called rev, openai/gsm8k:main:test gsm8k. A test set is targeted
     if a validation set has its name."""
@@ -166,6 +178,16 @@ def set_names(texts: list[str], prefix: str) -> dict[str, Source]:
         require(bool(good), f"{text}: {name!r} is no name of letters, digits and . _ -; write NAME={source}")
         names[name] = Source(source)
     return names
+
+
+def is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # somebody else's
+        pass
+    return process != os.getpid()
 
 
 def describe(value: object) -> object:
@@ -203,26 +225,159 @@ class Curriculum:
     def policy(self, stage: int) -> Path:
         return self.folder(stage - 1) / "model" if stage else self.model
 
-    def open(self) -> None:
-        """Begin the folder, or check that it was begun with the same settings."""
+    def open(self, force: int | None) -> None:
+        """Begin the folder, or check that it was begun with the same settings; `force` gives up the stages from there.
+
+        Raises:
+            BadInput: it was begun otherwise, or is not a run.
+        """
         options = {"pool": "train", "valid_sets": "valid", "test_sets": "test", "settings": "set"}
         settings = {options.get(name, name): describe(value) for name, value in vars(self).items() if name != "out"}
         settings["curriculum"] = type(self).__name__  # a study may bring a subclass
+        for script in settings["set"].values():
+            for option in (FREE | {"batch_tokens"}) & set(script):  # a full device must not end a run
+                script.pop(option)
+        auto = {"engine": "auto", "dtype": "auto", "reward": "exact"}  # what they stand for, here and now
+        settings["as"] = {
+            script: settings_of({name: self.settings[script].get(name, value) for name, value in auto.items()})
+            for script in ("rollout", "train")
+        }
         file = self.out / "run.json"
-        if file.is_file() and load_json(self.out / "rollouts" / "summary.json"):
-            found = load_json(file)
-            same = found.get("format") == rollout.FORMAT
-            require(same, f"{self.out} was begun by another version of these scripts; choose a new --out")
-            found = found.get("settings", {})
-            changed = ", ".join(f"--{name}" for name in settings if found.get(name) != settings[name]).replace("_", "-")
-            require(not changed, f"{self.out} was begun with another {changed} (see {file}); choose a new --out")
-        else:
-            strange = self.out.exists() and not file.is_file() and (not self.out.is_dir() or any(self.out.iterdir()))
-            require(not strange, f"{self.out} holds something else than a run (no run.json); choose a new --out")
-            packages = ("torch", "transformers", "numpy", "safetensors")
-            versions = {name: importlib.metadata.version(name) for name in packages}
-            versions["python"] = platform.python_version()
-            write_json(file, {"format": rollout.FORMAT, "settings": settings, "versions": versions})
+        made = any(any(self.out.glob(f"**/{name}")) for name in ("journal.json", "summary.json", ".*.unfinished"))
+        found = load_json(file) if made else None  # a beginning that made nothing binds to nothing
+        changes = self.check_settings(found, settings, force) if found else []
+        if changes is None:
+            return
+        if force is not None:
+            self.give_up(force)
+        packages = ("torch", "transformers", "numpy", "safetensors")
+        versions = {name: importlib.metadata.version(name) for name in packages}
+        versions["python"] = platform.python_version()
+        about = {"format": rollout.FORMAT, "settings": settings, "changes": changes, "versions": versions}
+        write_json(file, about)
+
+    def check_settings(self, found: dict, settings: dict, force: int | None) -> list[dict] | None:
+        """May a run that was begun as in `found` go on with these settings?
+
+        Returns its changes on the way, the last being that of `force`; None if there is nothing to give up.
+        """
+        same = found.get("format") == rollout.FORMAT
+        require(same, f"{self.out} was begun by another version of these scripts; choose a new --out")
+        changed = differences(found["settings"], settings)
+        ways = f"choose a new --out, or --force STAGE to give up {self.out}'s stages from that one on (0: all)"
+        require(not changed or force is not None, f"{self.out} was begun with {in_words(changed)}; {ways}")
+        if force is None:
+            return None
+        # nothing before the stage depends on these
+        late = "set.train." if self.static else ("frac", "set.train.", "set.project.")
+        early = {name: change for name, change in changed.items() if not name.startswith(late)}
+        require(not force or not early, f"{in_words(early)}: that bears on what came before; use --force 0")
+        whole = not force or (self.folder(force - 1) / "summary.json").is_file()
+        require(whole, f"--force {force}: {self.folder(force - 1)} is not whole yet; choose an earlier stage")
+        last, summary = found["changes"][-1:], self.folder(force) / "summary.json"
+        if not changed and last and last[0]["from_stage"] == force and not summary.exists():
+            return None  # the same command, which was interrupted
+        return [*(found["changes"] if force else []), {"from_stage": force, "changed": changed}]
+
+    def give_up(self, stage: int) -> None:
+        """Remove what was done from this stage on; from 0 on, the rollouts before it too."""
+        for path in sorted(self.out.glob("stage-*"), reverse=True):  # the last one first: no gap if we are killed
+            if int(path.name.removeprefix("stage-")) >= stage:
+                remove_folder(path)
+        if stage == 0:
+            remove_folder(self.out / "rollouts")
+
+    def sweep(self) -> None:
+        """Remove what killed processes have left behind."""
+        for path in self.out.rglob(".*"):
+            if (found := re.search(r"\.(\d+)(\.old)?$", path.name)) and path.exists() and not is_alive(int(found[1])):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+    def say_what_is_done(self, stages: int) -> None:
+        """The first lines of a resumed run: what there is, what it cost, what comes next."""
+        journals = [self.load(path) for path in sorted(self.out.glob("**/journal.json"))]
+        entries = [entry for journal in journals for entry in journal.items()]
+        parts = sorted(self.out.glob("**/.*.unfinished"))
+        if not entries and not parts:
+            return
+        whole = sum((self.folder(stage) / "summary.json").is_file() for stage in range(stages))
+        spent = sum(entry["seconds"] for _, entry in entries)
+        begun = [name for name, entry in entries if name.split()[1].startswith(self.folder(whole).name)]
+        print(f"goes on: {whole} of {stages} stages are whole, {spent:.1f} s of work in all", end="")
+        if whole < stages:
+            print(f"; of stage {whole + 1} are done: {', '.join(begun) or 'nothing'}", end="")
+        print("".join(f"; begun: {path.relative_to(self.out)}" for path in parts))
+
+    def do(self, folder: Path, script: str, files: list[Path], **options) -> dict:
+        """Call a script, unless the folder's journal has it, and enter what it returned, wrote and took.
+
+        Raises:
+            BadInput: a file that the journal has is not as it was written.
+        """
+        safe_point()
+        journal = self.load(folder / "journal.json") or {}
+        name = f"{script} {files[0].relative_to(self.out)}"
+        if name in journal:
+            self.check(journal[name]["files"])
+            return journal[name]
+        before = Unfinished.seconds_in(files[0], KINDS[script]) if script in KINDS else 0.0
+        clock = time.perf_counter()
+        Unfinished.later = []  # parts stay until the journal has the whole
+        try:
+            result = call(script, **options)
+        finally:
+            done, Unfinished.later = Unfinished.later, None
+        seconds = before + time.perf_counter() - clock
+        digests = {str(path.relative_to(self.out)): digest(path) for path in files}
+        if isinstance(result, rollout.Trajectories):
+            result = {"trajectories": len(result.rewards), "reward": float(result.rewards.mean())}
+        journal[name] = {
+            "seconds": seconds,
+            "files": digests,
+            "result": result if script in ("rollout", "train") else None,
+        }
+        file = folder / "journal.json"
+        write_json(file, journal | {"of": str(file.relative_to(self.out))})
+        for parts in done:
+            remove_folder(parts)
+        return journal[name]
+
+    def load(self, path: Path) -> dict | None:
+        """A journal or summary, if it is there and is the one that was written there."""
+        found, of = load_json(path), str(path.relative_to(self.out))
+        require(
+            found is None or found.pop("of", None) == of, f"{path} is another file than {of}; put it back, or remove it"
+        )
+        return found
+
+    def check(self, files: dict[str, str]) -> None:
+        for name, expected in files.items():
+            path = self.out / name
+            same = path.exists() and digest(path) == expected and is_intact(path)
+            way = f"--force {int(found[1])}" if (found := re.match(r"stage-(\d+)", name)) else "--force 0"
+            require(same, f"{path} is missing or not as it was written; {way} makes it, and what comes after it, again")
+
+    def once(self, folder: Path, work: Callable[..., dict], *args) -> tuple[dict, bool]:
+        """The summary that `work` returns, kept in the folder: what is whole is not done again. Also: was it done now?
+
+        Raises:
+            BadInput: a file of the folder is not as it was written.
+        """
+        file = folder / "summary.json"
+        if found := self.load(file):
+            self.check(found.pop("files"))
+            return found, False
+        later = [path.name for path in sorted(self.out.glob("stage-*")) if path.name > folder.name]
+        gap = folder.parent == self.out and folder.name.startswith("stage-") and later
+        require(
+            not gap,
+            f"{folder} is not whole, but {', '.join(later)} came after it; --force {folder.name[-2:]} redoes both",
+        )
+        summary = work(*args)
+        ours = [path for path in sorted(folder.glob("[!.]*")) if path.suffix in KEPT or path.name == "model"]
+        files = {str(path.relative_to(self.out)): digest(path) for path in ours}
+        write_json(file, summary | {"files": files, "of": str(file.relative_to(self.out))})
+        return summary, True
 
     def selection(self, stage: int) -> Path:
         return self.folder(0 if self.static else stage) / "selection.safetensors"
@@ -238,21 +393,23 @@ class Curriculum:
 
     def offline_rollouts(self, stage: int) -> dict:
         """Sample β's trajectories from θ of the stage, those that the selector looks at; returns the cost."""
-        clock, count = time.perf_counter(), 0
+        done = []
         files = {} if self.selector in ("full", "random") else {"train": ("rollout", self.pool)}
         if self.selector == "influence":
             files |= {name: ("valid", path) for name, path in self.valid_files().items()}
         for name, (script, path) in files.items():
             out = self.trajectories(stage) / f"{name}.safetensors"
             seed = self.stage_seed(stage) if stage else self.seed
-            rolled = call("rollout", model=self.policy(stage), data=path, out=out, seed=seed, **self.settings[script])
-            count += len(rolled.rewards)
-        return {"seconds_rollout": time.perf_counter() - clock, "trajectories_offline": count}
+            options = {"model": self.policy(stage), "data": path, "seed": seed} | self.settings[script]
+            done.append(self.do(self.trajectories(stage), "rollout", [out], out=out, **options))
+        count = sum(one["result"]["trajectories"] for one in done)
+        return {"seconds_rollout": sum(one["seconds"] for one in done), "trajectories_offline": count}
 
-    def choose(self, stage: int) -> None:
-        """Write the selection of the stage."""
+    def choose(self, stage: int) -> float:
+        """Write the selection of the stage; returns the seconds it took."""
         folder, rollouts, seed = self.folder(stage), self.trajectories(stage), self.stage_seed(stage)
         sources: dict = {}
+        done = []
         if self.selector not in ("full", "random"):
             sources["trajectories"] = rollouts / "train.safetensors"
         if self.selector == "influence":
@@ -260,36 +417,45 @@ class Curriculum:
             for name, out in gradients.items():
                 options = self.settings["project"] | ({} if name == "train" else {"halves": 0})
                 stored = rollouts / f"{name}.safetensors"
-                call("project", model=self.policy(stage), trajectories=stored, out=out, seed=seed, **options)
+                options |= {"model": self.policy(stage), "trajectories": stored, "seed": seed}
+                done.append(self.do(folder, "project", [out], out=out, **options))
             sources["gradients"] = gradients.pop("train")
             sources["valid_gradients"] = list(gradients.values())
             sources["previous"] = self.selection(stage - 1) if stage else None
         limit = self.settings["rollout"].get("limit")
         options = {"method": self.selector, "frac": self.frac, "seed": seed, "limit": limit}
-        call("select", data=self.pool, out=self.selection(stage), **sources, **options)
+        out = self.selection(stage)
+        files = [out, out.with_suffix(".csv")]
+        done.append(self.do(folder, "select", files, data=self.pool, out=out, **sources, **options))
+        return sum(one["seconds"] for one in done)
 
-    def train(self, stage: int) -> list[dict]:
-        """One line of metrics per step."""
-        return call(
+    def train(self, stage: int) -> dict:
+        """The journal's entry: its `result` is one line of metrics per step."""
+        folder = self.folder(stage)
+        return self.do(
+            folder,
             "train",
+            [folder / "model", folder / "optimizer.safetensors"],
             model=self.policy(stage),
             initial_model=self.model,
             optimizer=self.folder(stage - 1) / "optimizer.safetensors" if stage else None,
             data=self.pool,
             selection=self.selection(stage),
-            out=self.folder(stage),
+            out=folder,
             seed=self.stage_seed(stage),
             **self.settings["train"],
         )
 
-    def evaluate(self, policy: Path, folder: Path) -> dict[str, float]:
-        """Accuracy, the mean reward, on each test set. The same random numbers every time."""
-        accuracy = {}
+    def evaluate(self, policy: Path, folder: Path) -> tuple[dict[str, float], float]:
+        """Accuracy, the mean reward, on each test set, and the seconds it took. The same random numbers every time."""
+        accuracy, seconds = {}, 0.0
         for name, path in self.test_sets.items():
             out = folder / f"test-{name}.safetensors"
-            rolled = call("rollout", model=policy, data=path, out=out, seed=self.seed, **self.settings["test"])
-            accuracy[name] = float(rolled.rewards.mean())
-        return accuracy
+            options = {"model": policy, "data": path, "seed": self.seed} | self.settings["test"]
+            done = self.do(folder, "rollout", [out], out=out, **options)
+            accuracy[name] = done["result"]["reward"]
+            seconds += done["seconds"]
+        return accuracy, seconds
 
     def stage_seed(self, stage: int) -> int:
         return 1000 * self.seed + stage
@@ -297,19 +463,16 @@ class Curriculum:
     def begin(self) -> dict:
         """Everything before the first stage; returns its summary."""
         cost = self.offline_rollouts(0)
-        return {"stage": 0, "steps": 0, **cost, "accuracy": self.evaluate(self.model, self.out / "rollouts")}
+        return {"stage": 0, "steps": 0, **cost, "accuracy": self.evaluate(self.model, self.out / "rollouts")[0]}
 
     def run_stage(self, stage: int, steps: int) -> dict:
         """Refresh, select, train, evaluate; returns the stage's summary. `steps` were made before it."""
         refresh = stage and self.trajectories(stage).parent == self.folder(stage)
-        cost = once(self.trajectories(stage), self.offline_rollouts, stage)[0] if refresh else {}
-        clock = time.perf_counter()
-        if not (self.static and stage):
-            self.choose(stage)
-        scored = time.perf_counter()
-        log = self.train(stage)
-        trained = time.perf_counter()
-        accuracy = self.evaluate(self.policy(stage + 1), self.folder(stage))
+        cost = self.once(self.trajectories(stage), self.offline_rollouts, stage)[0] if refresh else {}
+        scoring = 0.0 if self.static and stage else self.choose(stage)
+        trained = self.train(stage)
+        log = trained["result"]
+        accuracy, evaluating = self.evaluate(self.policy(stage + 1), self.folder(stage))
         evaluations = [{"evaluation": name, "accuracy": value} for name, value in accuracy.items()]
         with whole_file(self.folder(stage) / "metrics.jsonl") as temporary:
             temporary.write_text("".join(json.dumps(line) + "\n" for line in [*log, *evaluations]))
@@ -323,29 +486,10 @@ class Curriculum:
             "diagnostics": metadata["diagnostics"] if self.selection(stage).parent == self.folder(stage) else {},
             "trajectories_training": sum(line["trajectories"] for line in log),
             **cost,
-            "seconds_scoring": scored - clock,
-            "seconds_training": trained - scored,
-            "seconds_evaluation": time.perf_counter() - trained,
+            "seconds_scoring": scoring,
+            "seconds_training": trained["seconds"],
+            "seconds_evaluation": evaluating,
         }
-
-
-def load_json(path: Path) -> dict | None:
-    """What `write_json` wrote there; None where there is no such file."""
-    try:
-        return json.loads(path.read_text()) if path.is_file() else None
-    except ValueError:
-        raise BadInput(
-            f"{path} is not whole; remove it (a summary.json is then made again) or choose a new --out"
-        ) from None
-
-
-def once(folder: Path, work: Callable[..., dict], *args) -> tuple[dict, bool]:
-    """The summary that `work` returns, kept in the folder: what is whole is not done again. Also: was it done now?"""
-    file = folder / "summary.json"
-    if found := load_json(file):
-        return found, False
-    write_json(file, summary := work(*args))
-    return summary, True
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -360,7 +504,7 @@ def main(context: typer.Context) -> None:
         print(context.get_help())
 
 
-@app.command(help="Run the curriculum; run the same command again to go on after the last whole stage.")
+@app.command(help="Run the curriculum; run the same command again to go on where it was interrupted.")
 def run(
     model: Annotated[Path, typer.Option(help="Initial policy: a model folder, or a name on the Hub.")] = TOY / "model",
     pool: Annotated[
@@ -392,12 +536,18 @@ def run(
         list[str] | None, typer.Option("--set", help="STAGE.OPTION=VALUE, such as train.lr=1e-4; repeat.")
     ] = None,
     engine: Engine = "auto",
+    save_every: SaveEvery = 300.0,
+    force: Annotated[
+        int | None,
+        typer.Option(min=0, help="Give up the stages from this one on, as in stage-03 (0: the rollouts too)."),
+    ] = None,
     group_by: Annotated[str, typer.Option(help="Data column that selection.png shows.")] = "family",
 ) -> dict:
     started = time.perf_counter()
     device()
     ours = [f"rollout.engine={engine}"] if engine != "auto" else []
     ours += [f"rollout.limit={limit}"] if limit else []
+    ours += [f"{script}.save_every={save_every:g}" for script in STAGES if save_every != 300]
     settings = parse_settings([*ours, *(assignments or [])])
     valid_sets, test_sets = set_names(valid, "valid-"), set_names(test, "test-")
     prompts = load_prompts(pool, limit)
@@ -409,22 +559,37 @@ def run(
     require(not (static and refresh_every), "--static chooses once; --refresh-every would sample for no selection")
     out = out or Path("runs") / f"{selector}-{seed}"
     check_out(out / "run.json")
+    strange = out.is_dir() and not (out / "run.json").exists() and any(out.glob("[!.]*"))
+    require(not strange, f"{out} holds something else than a run (no run.json); choose a new --out")
     curriculum = Curriculum(
         out, model, pool, valid_sets, test_sets, selector, frac, static, refresh_every, seed, settings
     )
-    curriculum.open()
+    with locked(out):
+        report = go(curriculum, stages, prompts, force, group_by)
+        report["seconds_this_process"] = time.perf_counter() - started
+        write_json(out / "report.json", report)
+    return report
 
-    targeted = [name for name in test_sets if name in valid_sets]
+
+def go(curriculum: Curriculum, stages: int, prompts: list[dict], force: int | None, group_by: str) -> dict:
+    """Do what is not done yet, and show it all; returns the report."""
+    out, selector, static, seed = (getattr(curriculum, name) for name in ("out", "selector", "static", "seed"))
+    curriculum.sweep()
+    curriculum.open(force)
+    targeted = [name for name in curriculum.test_sets if name in curriculum.valid_sets]
     print(
         f"{out}: {selector}, {stages} stages; targeted test sets: {', '.join(targeted) or 'none has a validation name'}"
     )
+    curriculum.say_what_is_done(stages)
     done = sum((curriculum.folder(stage) / "summary.json").is_file() for stage in range(stages))
     with tqdm(total=stages, initial=done, desc="curriculum", unit="stage", disable=None) as bar:
-        start, _ = once(out / "rollouts", curriculum.begin)
+        start, _ = curriculum.once(out / "rollouts", curriculum.begin)
         tqdm.write(f"before training: {accuracies(start)}; rollouts {start['seconds_rollout']:.1f} s\n")
         summaries, chosen = [start], []
         for stage in range(stages):
-            summary, now = once(curriculum.folder(stage), curriculum.run_stage, stage, summaries[-1]["steps"])
+            summary, now = curriculum.once(
+                curriculum.folder(stage), curriculum.run_stage, stage, summaries[-1]["steps"]
+            )
             summaries.append(summary)
             chosen.append(np.array(open_tensors(curriculum.selection(stage), "selection")[0]["ranked"]))
             line = stage_line(summary, prompts, chosen[-1], group_by)
@@ -439,9 +604,7 @@ def run(
         "seed": seed,
         "targeted": targeted,
         "evaluations": summaries,
-        "seconds_this_process": time.perf_counter() - started,
     }
-    write_json(out / "report.json", report)
     print_table(summaries, targeted)
     print(f"{out}: curve.png, selection.png, report.json")
     return report

@@ -71,7 +71,7 @@ Deviations:
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Literal
@@ -87,6 +87,8 @@ from rollout import (
     TOY,
     BatchTokens,
     Dtype,
+    SaveEvery,
+    Unfinished,
     above_zero,
     check_out,
     command_line,
@@ -95,10 +97,12 @@ from rollout import (
     load_model,
     model_folder,
     new_app,
+    open_tensors,
     open_trajectories,
     pick_dtype,
     require,
     save_rows,
+    settings_of,
 )
 from train import Batch, collate, completion_logps, k3_kl, micro_batches, sequence_mean
 
@@ -349,6 +353,14 @@ def join_pieces(
     return sketch, change, mask
 
 
+MOST_BYTES = 1 << 26  # of sketches in memory; then they go to disk
+
+
+def join_rows(parts: Sequence[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """Tables with the same columns, one below the other."""
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The command
 
@@ -375,8 +387,10 @@ def project(
     ] = 256,
     dtype: Dtype = "auto",
     batch_tokens: BatchTokens = 4096,
+    save_every: SaveEvery = 300.0,
     seed: Annotated[int, typer.Option(min=0, help="Of the projection; all files of one selection need the same.")] = 0,
 ) -> dict[str, float]:
+    settings = settings_of(locals())
     check_out(out, trajectories, model)
     stored = open_trajectories(trajectories)
     live = stored.live_groups()
@@ -410,53 +424,58 @@ def project(
     }
     even = stored.metadata["options"]["samples"] % 2 == 0  # an odd number of trajectories has no halves
     halved = set(np.random.default_rng(seed).permutation(list(live))[: halves if even else 0].tolist())
-    columns = {"prompt_index": np.zeros(len(live), np.int32)}
-    columns |= {name: np.zeros(len(live), np.float32) for name in ("grad_norm", *STALENESS)}
+    samples = len(next(iter(live.values())))
+    plan = []  # (into how many parts each group is cut, the batch)
+    for parts in (2, 1):
+        some = {i: group for i, group in live.items() if (i in halved) == (parts == 2)}
+        plan += [(parts, groups) for groups in micro_batches(stored, some, batch_tokens, parts=parts)]
+    work = Unfinished(out, metadata | {"options": settings}, save_every)
+    saved = work.load("gradients")
+    done, fresh, pieces = saved[-1][1]["batches"] if saved else 0, [], []
+    with tqdm(total=len(live), desc=f"project {trajectories.stem}", unit="prompt", leave=False, disable=None) as bar:
+        bar.update(sum(len(tensors["prompt_index"]) for tensors, _ in saved))
+        for n, (parts, groups) in enumerate(plan[done:], done + 1):
+            batch = collate(stored, groups, policy.device)
+            cut = len(groups[0][1]) < samples
+            sketch, logps = sketcher.sketch(batch if cut else split_groups(batch, parts), temperature)
+            change, mask = logps - batch.behavior_logps, batch.mask
+            if cut:
+                pieces.append((groups[0][1], sketch[0], change, mask))
+                if groups[0][1].stop < live[groups[0][0]].stop:
+                    continue
+                sketch, change, mask = join_pieces(pieces, samples, parts)
+                pieces.clear()
+            sketch = sketch.view(len(groups), parts, k)
+            half = sketch[: len(groups) * (parts - 1), 0]  # (P, k), or none
+            sketch = sketch.mean(1)  # the gradient is the mean over trajectories, so over halves
+            found = {"sketch": sketch, "half_sketch": half, "grad_norm": sketch.norm(dim=1)}
+            finite = torch.isfinite(found["grad_norm"]).tolist()
+            bad = [i for i, ok in zip(batch.prompt_index, finite, strict=True) if not ok]
+            which = f"prompt {', '.join(map(str, bad))} of {trajectories}"
+            require(not bad, f"gradient is not finite at {which}; if its weights have grown too large, set --cap")
+            found |= staleness(change, mask, len(groups))
+            fresh.append({name: values.cpu().numpy() for name, values in found.items()})
+            fresh[-1]["prompt_index"] = np.array(batch.prompt_index, np.int32)
+            bar.update(len(groups))
+            full = sum(tensors["sketch"].nbytes for tensors in fresh) > MOST_BYTES
+            if n < len(plan) and (full or work.due()):
+                work.save("gradients", join_rows(fresh), {"batches": n})
+                fresh = []
+    sources = [*(open_tensors(path, "gradients")[0] for path in work.parts), *([join_rows(fresh)] if fresh else [])]
+    columns = join_rows([{name: x for name, x in source.items() if name != "sketch"} for source in sources])
+    rates = stored.pass_rates()
+    columns["pass_rate"] = np.array([rates[i] for i in columns["prompt_index"].tolist()], np.float32)
     if halved:
-        columns["half_sketch"] = np.zeros((len(halved), k), np.float32)
-    samples, pieces = len(next(iter(live.values()))), []
-    done = 0
-    with (
-        save_rows(out, "gradients", "sketch", (len(live), k), columns, metadata) as write,
-        tqdm(total=len(live), desc=f"project {trajectories.stem}", unit="prompt", leave=False, disable=None) as bar,
-    ):
-        for parts in (2, 1):
-            some = {i: group for i, group in live.items() if (i in halved) == (parts == 2)}
-            for groups in micro_batches(stored, some, batch_tokens, parts=parts):
-                batch = collate(stored, groups, policy.device)
-                cut = len(groups[0][1]) < samples
-                sketch, logps = sketcher.sketch(batch if cut else split_groups(batch, parts), temperature)
-                change, mask = logps - batch.behavior_logps, batch.mask
-                if cut:
-                    pieces.append((groups[0][1], sketch[0], change, mask))
-                    if groups[0][1].stop < some[groups[0][0]].stop:
-                        continue
-                    sketch, change, mask = join_pieces(pieces, samples, parts)
-                    pieces.clear()
-                sketch = sketch.view(len(groups), parts, k)
-                rows = slice(done, done + len(groups))
-                if parts == 2:
-                    columns["half_sketch"][rows] = sketch[:, 0].cpu().numpy()
-                sketch = sketch.mean(1)  # the gradient is the mean over trajectories, so over halves
-                found = {"grad_norm": sketch.norm(dim=1)}
-                finite = torch.isfinite(found["grad_norm"]).tolist()
-                bad = [i for i, ok in zip(batch.prompt_index, finite, strict=True) if not ok]
-                which = f"prompt {', '.join(map(str, bad))} of {trajectories}"
-                require(not bad, f"gradient is not finite at {which}; if its weights have grown too large, set --cap")
-                write(sketch.cpu().numpy())
-                found |= staleness(change, mask, len(groups))
-                columns["prompt_index"][rows] = batch.prompt_index
-                for name, values in found.items():
-                    columns[name][rows] = values.cpu().numpy()
-                done += len(groups)
-                bar.update(len(groups))
-        rates = stored.pass_rates()
-        columns["pass_rate"] = np.array([rates[i] for i in columns["prompt_index"].tolist()], np.float32)
-        if halved:
-            columns["half_index"] = columns["prompt_index"][: len(halved)]
-        means = {name: float(values.mean()) for name, values in columns.items() if name in STALENESS}
-        means["largest_change"] = float(columns["largest_change"].max())
-        metadata["diagnostics"] = {"live_prompts": len(live)} | means
+        columns["half_index"] = columns["prompt_index"][: len(halved)]
+    else:
+        del columns["half_sketch"]
+    means = {name: float(values.mean()) for name, values in columns.items() if name in STALENESS}
+    means["largest_change"] = float(columns["largest_change"].max())
+    metadata["diagnostics"] = {"live_prompts": len(live)} | means
+    with save_rows(out, "gradients", "sketch", (len(live), k), columns, metadata) as write:
+        for source in sources:
+            write(source["sketch"])
+    work.finish()
     sketcher.close()
     return metadata["diagnostics"]
 

@@ -27,6 +27,7 @@ Evaluation is this script on a test set: accuracy is the mean reward of a trajec
 """
 
 import atexit
+import errno
 import functools
 import hashlib
 import importlib.util
@@ -34,47 +35,74 @@ import itertools
 import json
 import logging
 import multiprocessing
+import multiprocessing.resource_tracker
 import os
 import re
+import shlex
 import shutil
+import signal
 import struct
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import numpy as np
 import torch
 import typer
+from filelock import FileLock, Timeout
 from jinja2 import TemplateError
 from pebble import ProcessPool
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
 disable_progress_bar()  # transformers' own bars, one per file read or written
 logging.getLogger("huggingface_hub").setLevel("ERROR")  # it says of every try that it will try again
-FORMAT = "cropi/2"  # version of every file that the five scripts write
+FORMAT = "cropi/3"  # version of every file that the five scripts write
 TOY = Path(os.path.relpath(Path(__file__).resolve().parent / "toy"))  # the bundled world: the default paths
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Bad input
+# Bad input, and other ways to end early
 
 
 class BadInput(Exception):
     """The user can mend this: one line that names the thing and the way out, exit code 2, nothing overwritten."""
 
 
+class Stopped(Exception):
+    """Somebody asked the process to end, and all that is whole has been saved."""
+
+
+_asked: list[int] = []  # signals
+
+
+def _ask_to_stop(signum: int, frame: object) -> None:
+    _asked.append(signum)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # the next one ends at once
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    os.write(2, b"\nending at the next safe point; once more ends at once\n")
+
+
+def safe_point() -> None:
+    """Where ending loses nothing."""
+    if _asked:
+        raise Stopped
+
+
 def command_line(app: typer.Typer) -> None:
-    """Run a script's command line. Bad input, usage errors too, becomes one line; a bug keeps its traceback."""
+    """Run a script's command line. Bad input, usage errors too, becomes one line; a bug keeps its traceback. The first
+    Ctrl-C or SIGTERM ends at the next safe point, the second at once."""
     command = typer.main.get_command(app)
     usage_error = typer.BadParameter.__base__  # unknown and missing options too
+    _asked.clear()
+    before = {number: signal.signal(number, _ask_to_stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         with command.make_context(Path(sys.argv[0]).name, sys.argv[1:]) as context:
             command.invoke(context)
@@ -83,10 +111,17 @@ def command_line(app: typer.Typer) -> None:
         sys.exit(done.exit_code)
     except KeyboardInterrupt:
         sys.exit(130)
+    except Stopped:
+        words = re.sub(r" --force[ =]\d+", "", shlex.join(["python", *sys.argv]))  # once is enough
+        print(f"stopped; to go on: {words}", file=sys.stderr)
+        sys.exit(128 + _asked[0])
     except usage_error as error:
         message = error.format_message()
     except BadInput as error:
         message = str(error)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
     print("error:", *message.split(), file=sys.stderr)  # one line, whatever a library has said
     sys.exit(2)
 
@@ -96,10 +131,19 @@ def new_app(**options) -> typer.Typer:
 
 
 def above_zero(value: float | None) -> float | None:
-    """Check of an option, where typer's own `min` would let 0 through."""
-    if value is not None and not value > 0:
+    """Check of an option, where typer's own `min` would let 0 and nan through."""
+    if value is not None and not 0 < value < float("inf"):
         raise typer.BadParameter(f"{value} is not above 0")
     return value
+
+
+@contextmanager
+def named(what: str) -> Iterator[None]:
+    """Bad input that comes up in the block is that of `what`."""
+    try:
+        yield
+    except BadInput as error:
+        raise BadInput(f"{what}: {error}") from None
 
 
 def require(condition: bool, message: str) -> None:
@@ -108,23 +152,54 @@ def require(condition: bool, message: str) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Files: what is written is whole, and says what it was made from
+# Files: what is written is whole, says what it was made from, and is checked when it is read
 
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """Yields a temporary name beside `path` (file or folder), renamed to `path` if the block ends without an error."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Yields a temporary name beside `path` (file or folder). If the block ends without an error, it is flushed to disk
+    and renamed to `path`; else it is removed.
+
+    Raises:
+        BadInput: the disk is full, or may not be written to.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     old = path.with_name(f".{path.name}.{os.getpid()}.old")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
+        if temporary.is_dir():
+            (temporary / DIGEST).write_text(digest(temporary))
+        for part in (*(temporary.iterdir() if temporary.is_dir() else ()), temporary):
+            _flush(part)
         if path.is_dir():  # a folder cannot be replaced in one step: move it aside first
+            shutil.rmtree(old, ignore_errors=True)
             os.replace(path, old)
         os.replace(temporary, path)
+        _flush(path.parent)
         shutil.rmtree(old, ignore_errors=True)  # only now: had the line above failed, it would be the last copy
+    except Exception as error:  # some libraries put what the system says into exceptions of their own
+        number = getattr(error, "errno", None) or next(
+            map(int, re.findall(r"(?:os error|code:) (\d+)", str(error))), None
+        )
+        full = number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        require(not full, f"{path}: no room to write it ({os.strerror(number or 0)}); make some and run the same again")
+        denied = isinstance(error, OSError) and number in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT)
+        require(not denied, f"{path}: cannot write it ({os.strerror(number or 0)})")
+        raise
     finally:
         shutil.rmtree(temporary) if temporary.is_dir() else temporary.unlink(missing_ok=True)
+        if old.exists() and not path.exists():
+            os.replace(old, path)
+
+
+def _flush(path: Path) -> None:
+    """To disk, a folder's entries too."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def check_out(out: Path, *inputs: Path | None, model: bool = False) -> None:
@@ -144,6 +219,9 @@ def check_out(out: Path, *inputs: Path | None, model: bool = False) -> None:
         raise BadInput(f"{out}: cannot write in {parent} ({error.strerror})") from None
 
 
+DIGEST = ".digest"  # of the model folder that it lies in
+
+
 def digest(path: Path) -> str:
     """SHA-256 of a file, or of all files of a model folder."""
     files = [path] if path.is_file() else sorted(f for f in path.glob("[!.]*") if f.is_file())
@@ -154,69 +232,249 @@ def digest(path: Path) -> str:
     return sha.hexdigest()[:16]
 
 
+def is_intact(folder: Path) -> bool:
+    """Is a model folder as `whole_file` left it? One that came from elsewhere is taken as it is."""
+    seal = folder / DIGEST
+    return not seal.is_file() or seal.read_bytes() == digest(folder).encode()
+
+
+def write_json(path: Path, content: dict) -> None:
+    seal = hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
+    with whole_file(path) as temporary:
+        temporary.write_text(json.dumps(content | {"digest": seal}, indent=1) + "\n")
+
+
+def load_json(path: Path) -> dict | None:
+    """What `write_json` wrote there; None where there is no such file.
+
+    Raises:
+        BadInput: it is not as it was written.
+    """
+    if not path.exists():
+        return None
+    try:
+        content = json.loads(path.read_text())
+        seal = content.pop("digest")
+        whole = seal == hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
+    except (OSError, ValueError, AttributeError, TypeError, KeyError):
+        whole = False
+    require(whole, f"{path} is not as it was written (by this version); remove it, or choose a new --out")
+    return content
+
+
 def save_tensors(path: Path, kind: str, tensors: dict[str, np.ndarray], metadata: dict) -> None:
     """Write a safetensors file of one of our kinds."""
-    with whole_file(path) as temporary:
-        save_file(tensors, temporary, file_metadata(kind, metadata))
+    room = 512 + 2 * len(json.dumps(metadata)) + sum(200 + len(name) for name in tensors)
+    with save_rows(path, kind, None, (0, 0), tensors, metadata, room):
+        pass
 
 
-def file_metadata(kind: str, metadata: dict) -> dict[str, str]:
-    """One entry of JSON: with several, safetensors would write them in another order every time."""
-    return {"cropi": json.dumps({"format": FORMAT, "kind": kind} | metadata)}
-
-
-HEADER_BYTES = 1 << 14
 DTYPES = {"F64": np.float64, "F32": np.float32, "I64": np.int64, "I32": np.int32, "U8": np.uint8}  # safetensors' names
 
 
 @contextmanager
 def save_rows(
-    path: Path, kind: str, name: str, shape: tuple[int, int], columns: dict[str, np.ndarray], metadata: dict
+    path: Path,
+    kind: str,
+    name: str | None,
+    shape: tuple[int, int],
+    columns: dict[str, np.ndarray],
+    metadata: dict,
+    room: int = 1 << 14,
 ) -> Iterator[Callable[[np.ndarray], None]]:
     """Stream the rows of one large float32 tensor (N, k) to a safetensors file, so that it never stands in memory.
 
     Yields a function that takes the next rows (n, k). What the caller puts into `columns` and `metadata` meanwhile is
-    written after them. The format is an 8-byte header length, the header (JSON, padded with spaces), then the data.
+    written after them. The format is an 8-byte header length, the header (JSON, padded with spaces), then the data. Our
+    entry `digest` covers all of it.
+
+    Args:
+        room: bytes for the header.
     """
-    names = {np.dtype(dtype): name for name, dtype in DTYPES.items()}
+    names, room = {np.dtype(dtype): name for name, dtype in DTYPES.items()}, room + -room % 8
+    sha = hashlib.sha256()
     with whole_file(path) as temporary, open(temporary, "wb") as file:
-        file.write(bytes(HEADER_BYTES))
-        yield lambda rows: file.write(rows.astype(np.float32).tobytes())
+
+        def write(values: np.ndarray) -> None:
+            data = np.ascontiguousarray(values).data
+            file.write(data)
+            sha.update(data)
+
+        file.write(bytes(room))
+        yield lambda rows: write(rows.astype(np.float32, copy=False))
         end = 4 * shape[0] * shape[1]
-        header = {name: {"dtype": "F32", "shape": shape, "data_offsets": (0, end)}}
-        for column, values in columns.items():
-            header[column] = {"dtype": names[values.dtype], "shape": values.shape}
-            header[column]["data_offsets"] = (end, end := end + values.nbytes)
-            file.write(values.tobytes())
-        text = json.dumps({"__metadata__": file_metadata(kind, metadata)} | header).encode()
-        assert file.tell() == HEADER_BYTES + end and len(text) <= HEADER_BYTES - 8
+        # One entry of JSON for all that is ours, and the digest of the file
+        about = {"cropi": json.dumps({"format": FORMAT, "kind": kind} | metadata), "digest": ""}
+        header = {"__metadata__": about} | ({name: _entry("F32", shape, 0, end)} if name else {})
+        for column, values in sorted(columns.items(), key=lambda item: -item[1].itemsize):  # each at a whole address
+            header[column] = _entry(names[values.dtype], values.shape, end, end := end + values.nbytes)
+            write(values)
+        header["__metadata__"]["digest"] = _seal(sha, header)
+        text = json.dumps(header).encode()
+        assert file.tell() == room + end and len(text) <= room - 8
         file.seek(0)
-        file.write(struct.pack("<Q", HEADER_BYTES - 8) + text.ljust(HEADER_BYTES - 8))
+        file.write(struct.pack("<Q", room - 8) + text.ljust(room - 8))
+
+
+def _entry(dtype: str, shape: Sequence[int], start: int, end: int) -> dict:
+    return {"dtype": dtype, "shape": list(shape), "data_offsets": [start, end]}
+
+
+def _seal(sha: "hashlib._Hash", header: dict) -> str:
+    """Digest of a file's data, so far in `sha`, and of its header."""
+    about = header["__metadata__"] | {"digest": ""}
+    sha.update(json.dumps(header | {"__metadata__": about}).encode())
+    return sha.hexdigest()[:16]
 
 
 def open_tensors(path: Path, kind: str) -> tuple[dict[str, np.ndarray], dict]:
     """Open one of our files: its tensors, mapped into memory and read from disk as they are sliced, and its metadata.
 
     Raises:
-        BadInput: missing, cut short, not safetensors, of another kind or another format version.
+        BadInput: missing, cut short, changed, not safetensors, of another kind or another format version.
     """
     require(path.is_file(), f"{path}: no such file")
     try:
         with safe_open(path, framework="np") as file:  # checks that header and length agree
-            metadata = json.loads((file.metadata() or {}).get("cropi", "{}"))
-    except SafetensorError as error:
+            about = file.metadata() or {}
+        metadata = json.loads(about.get("cropi", "{}"))
+        with open(path, "rb") as file:
+            start = 8 + (length := struct.unpack("<Q", file.read(8))[0])
+            header = json.loads(file.read(length))
+            sha = hashlib.file_digest(file, "sha256")
+    except (OSError, SafetensorError, ValueError) as error:
         raise BadInput(f"{path} is not a whole safetensors file ({error}); write it again") from None
     found = f"{metadata.pop('kind', 'an unknown file')} ({metadata.pop('format', 'no format')})"
     require(found == f"{kind} ({FORMAT})", f"{path} holds {found}, where {kind} ({FORMAT}) is needed")
-    with open(path, "rb") as file:
-        start = 8 + (length := struct.unpack("<Q", file.read(8))[0])
-        header = json.loads(file.read(length))
+    require(about.get("digest") == _seal(sha, header), f"{path} is not as it was written; write it again")
     tensors = {
         name: np.memmap(path, DTYPES[entry["dtype"]], "r", start + entry["data_offsets"][0], tuple(entry["shape"]))
         for name, entry in header.items()
         if name != "__metadata__"
     }
     return tensors, metadata
+
+
+def differences(before: dict, now: dict) -> dict[str, str]:
+    """Where two dictionaries of dictionaries differ, in words: {"train.lr": "5e-05, now 0.0001"}."""
+
+    def flat(content: object, name: str = "") -> dict[str, object]:
+        if not isinstance(content, dict):
+            return {name[1:]: content}
+        return {key: value for part in content for key, value in flat(content[part], f"{name}.{part}").items()}
+
+    was, is_ = flat(json.loads(json.dumps(before))), flat(json.loads(json.dumps(now)))
+    names = [name for name in was | is_ if was.get(name) != is_.get(name)]
+    return {name: f"{was.get(name, 'unset')}, now {is_.get(name, 'unset')}" for name in names}
+
+
+def in_words(changes: dict[str, str]) -> str:
+    return " and ".join(f"{name} {change}" for name, change in changes.items())
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """While the block runs, no other process gets the folder. The lock is the operating system's and dies with us."""
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(folder / ".lock", timeout=0):
+            yield
+    except Timeout:
+        raise BadInput(f"{folder}: another process is at work here; wait for it, or choose another --out") from None
+
+
+FREE = {"out", "save_every", "gpu_memory", "max_errors"}  # options that results do not depend on
+
+
+def settings_of(options: dict) -> dict:
+    """Of a script's options, given as its `locals()`, those that results depend on, with what `auto` stands for here.
+    Files count by their digests, which the caller has."""
+    found = {
+        name: value for name, value in options.items() if name not in FREE and not isinstance(value, Path | Source)
+    }
+    if "engine" in found:
+        found["engine"] = pick_engine(found["engine"])
+    if "dtype" in found:
+        found["dtype"] = str(pick_dtype(found["dtype"]))
+    if found.get("reward", "exact") not in REWARDS:
+        found["reward"] += f" ({digest(Path(found['reward'].rpartition(':')[0]))})"
+    return found | {"device": device().type}
+
+
+class Unfinished:
+    """Parts of a file that is being made, in a folder beside it, so that the same command goes on from there.
+
+    The folder is there from the first part that is saved to the end of the work. A part is a file of its own.
+
+    Args:
+        out: the file.
+        request: what it is made from; a folder that was begun with something else is refused.
+        every: seconds of work after which a part is saved.
+    """
+
+    later: ClassVar[list[Path] | None] = None  # folders that whoever calls a script removes in his own time
+
+    def __init__(self, out: Path, request: dict, every: float):
+        self.folder, self.request, self.every = self.folder_of(out), request, every
+        self.clock, self.seconds = time.monotonic(), 0.0  # since the last part; of work, up to it
+        self.seal = hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()[:16]
+        found = load_json(self.folder / "request.json")
+        different = differences(found, request) if found else {}
+        ways = f"choose another --out, or remove {self.folder}"
+        require(not different, f"{out} was begun with {in_words(different)}; {ways}")
+        self.parts = sorted(self.folder.glob("[0-9]*.safetensors")) if found else []
+
+    @staticmethod
+    def folder_of(out: Path) -> Path:
+        return out.with_name(f".{out.name}.unfinished")
+
+    @classmethod
+    def seconds_in(cls, out: Path, kind: str) -> float:
+        """Work that the parts of a file stand for."""
+        parts = sorted(cls.folder_of(out).glob("[0-9]*.safetensors"))
+        return open_tensors(parts[-1], kind)[1]["seconds"] if parts else 0.0
+
+    def load(self, kind: str) -> list[tuple[dict[str, np.ndarray], dict]]:
+        """Tensors and metadata of the parts that are there."""
+        loaded = [open_tensors(path, kind) for path in self.parts]
+        for path, (_, metadata) in zip(self.parts, loaded, strict=True):
+            require(metadata["request"] == self.seal, f"{path} is part of something else; remove {self.folder}")
+        if loaded:
+            self.seconds = loaded[-1][1]["seconds"]
+            tqdm.write(f"{self.folder}: goes on after {self.seconds:.1f} s of work")
+        return loaded
+
+    def due(self) -> bool:
+        """Is it time to save a part?"""
+        return bool(_asked) or time.monotonic() - self.clock >= self.every
+
+    def save(self, kind: str, tensors: dict[str, np.ndarray], metadata: dict, *, keep: bool = True) -> None:
+        """Save a part (in place of the one before it, unless `keep`); then end, if somebody asked for that."""
+        if not self.parts:
+            remove_folder(self.folder)  # parts without a request, perhaps
+            write_json(self.folder / "request.json", self.request)
+        path = self.folder / f"{len(self.parts) if keep else 0:06d}.safetensors"
+        self.seconds += time.monotonic() - self.clock
+        save_tensors(path, kind, tensors, metadata | {"seconds": self.seconds, "request": self.seal})
+        self.parts = [*self.parts, path] if keep else [path]
+        self.clock = time.monotonic()
+        safe_point()
+
+    def finish(self) -> None:
+        """The file is whole: away with its parts."""
+        if self.later is None:
+            remove_folder(self.folder)
+        else:
+            self.later.append(self.folder)
+
+
+def remove_folder(folder: Path) -> None:
+    """A folder, all at once: what is killed in between leaves all of it, or none under its name."""
+    if folder.exists():
+        gone = folder.with_name(f".{folder.name.lstrip('.')}.{os.getpid()}.old")
+        shutil.rmtree(gone, ignore_errors=True)
+        os.replace(folder, gone)
+        shutil.rmtree(gone)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -257,6 +515,10 @@ def load_prompts(source: Source | str | Path, limit: int | None = None) -> Promp
         require(local or not path.exists(), f"{path}: not one of {', '.join(FILES)}")
         empty = local and path.stat().st_size < 100 and not path.read_bytes().strip()  # which datasets has no words for
         require(not empty, f"{path}: no prompts in it")
+        if FILES.get(path.suffix) == "json":  # null, in place of an object, crashes the reader of pyarrow 26
+            with open(path, "rb") as file:
+                begins = file.read(100).removeprefix(b"\xef\xbb\xbf").lstrip()[:1]
+            require(begins in (b"{", b"["), f"{path}: not JSON objects, one per line or in a list")
         found = _load_rows(part, path.stat().st_mtime_ns if local else None)
         text = None if local else json.dumps(found, default=str).encode()
         digests.append(digest(path) if local else hashlib.sha256(text).hexdigest()[:16])
@@ -314,7 +576,11 @@ def _is_chat(value: object) -> bool:
 
 
 def encode_prompts(
-    tokenizer: PreTrainedTokenizerBase, rows: Sequence[dict], system: str | None = None, chat: bool = True
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[dict],
+    system: str | None = None,
+    chat: bool = True,
+    source: str = "data",
 ) -> list[list[int]]:
     """Token ids of the prompts, through the model's chat template where it has one, unless `chat` is false.
 
@@ -331,7 +597,7 @@ def encode_prompts(
         if isinstance(messages, str) and not template:
             texts.append(messages)
             continue
-        require(bool(template), f"row {number}: the prompt is a chat, and there is no chat template for it")
+        require(bool(template), f"{source}, row {number}: the prompt is a chat, and there is no chat template for it")
         if isinstance(messages, str):
             messages = [{"role": "user", "content": messages}]
         if system is not None:  # in place of the data's own
@@ -340,7 +606,7 @@ def encode_prompts(
         try:
             texts.append(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
         except TemplateError as error:  # Gemma's, for one, knows no system prompt
-            raise BadInput(f"row {number}: the model's chat template refuses the prompt ({error})") from None
+            raise BadInput(f"{source}, row {number}: the model's chat template refuses the prompt ({error})") from None
     return tokenizer(texts, add_special_tokens=not template).input_ids  # a template brings them along
 
 
@@ -379,10 +645,14 @@ def model_folder(model: Path) -> Path:
 def load_model(path: Path, dtype: torch.dtype = torch.float32) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A causal language model in evaluation mode (dropout off), on the device, with its tokenizer."""
     require((path / "config.json").is_file(), f"{path}: no model folder here (it has no config.json)")
-    try:
-        model, found = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, output_loading_info=True)
-        tokenizer = AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError, SafetensorError) as error:
+    require(is_intact(path), f"{path}: not the model that was written here, a file has been changed; train it again")
+    try:  # weights as safetensors alone, and no code: neither can do anything but be wrong
+        safe = {"trust_remote_code": False}
+        model, found = AutoModelForCausalLM.from_pretrained(
+            path, dtype=dtype, output_loading_info=True, use_safetensors=True, **safe
+        )
+        tokenizer = AutoTokenizer.from_pretrained(path, **safe)
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise BadInput(f"{path}: cannot load this model ({str(error).splitlines()[0]})") from None
     require(not found["missing_keys"], f"{path}: the weights lack {', '.join(sorted(found['missing_keys'])[:3])}")
     return model.eval().to(device()), tokenizer
@@ -526,7 +796,12 @@ def known_reward(reward: str) -> str:
 
 
 def verify(
-    reward: str, rows: Sequence[dict], completions: Sequence[str], *, seconds: float = 10.0, max_errors: float = 0.01
+    reward: str,
+    rows: Sequence[dict],
+    completions: Sequence[str],
+    *,
+    seconds: float = 10.0,
+    allowed: float | None = None,
 ) -> tuple[np.ndarray, dict[str, int]]:
     """Rewards (M,) float32 of M completions, `rows[m]` being the data row of completion m, and counts of the verdicts
     that could not be had, whose reward is 0: `errors` (an exception, a killed process) and `timeouts`.
@@ -536,11 +811,12 @@ def verify(
 
     Args:
         seconds: time limit of a verdict.
-        max_errors: largest share of verdicts that may fail (a single one always may).
+        allowed: how many may fail.  [default: 1%, and one in any case]
     Raises:
         BadInput: more failed, or the function returned another number of values, or one that is not finite.
     """
-    counts, last, allowed = {"errors": 0, "timeouts": 0}, "", max(1, max_errors * len(rows))
+    counts, last = {"errors": 0, "timeouts": 0}, ""
+    allowed = max(1, 0.01 * len(rows)) if allowed is None else allowed
     tasks = list(zip(rows, completions, strict=True))
     if reward == "exact":
         return np.array([_verdict(reward, *task)[0] for task in tasks], np.float32), counts
@@ -550,6 +826,7 @@ def verify(
         try:
             values = future.result()
         except Exception as error:  # whatever a reward function may raise; pebble's ProcessExpired where it died
+            safe_point()  # whoever asked us to end may have killed the workers
             late = isinstance(error, TimeoutError)
             counts["timeouts" if late else "errors"] += 1
             last = last if late else f"; the last error was {type(error).__name__}: {error}"
@@ -590,6 +867,7 @@ def workers() -> "ProcessPool":
 
 def _start_worker() -> None:
     """Importing this module, and math-verify's grammar, takes seconds, which are not the first verdict's."""
+    os.setsid()  # signals to the whole group, such as Ctrl-C, are the main process's to answer
     logging.getLogger("math_verify").setLevel("ERROR")  # it warns that its time limits are off
     same_answer("1", "2")
 
@@ -621,6 +899,10 @@ class TransformersEngine:
         require(ends is not None, "neither generation_config.json nor the tokenizer names an end token (eos_token)")
         self.end_tokens = torch.tensor(ends, device=model.device).reshape(-1)
 
+    def batches(self, prompts: Sequence[Sequence[int]], samples: int, max_tokens: int) -> list[list[int]]:
+        """The prompts, by place, in the batches that `generate` makes of them."""
+        return list(pack([(len(p) + max_tokens, 0) for p in prompts], samples, self.batch_tokens))
+
     def generate(
         self,
         prompts: Sequence[Sequence[int]],
@@ -630,7 +912,6 @@ class TransformersEngine:
         max_tokens: int,
         temperature: float,
         seed: Sequence[int],
-        progress: str | None = None,
     ) -> list[list[Completion]]:
         """`samples` completions for each of the prompts.
 
@@ -638,22 +919,16 @@ class TransformersEngine:
             prompts: token ids.
             prompt_index: what each prompt is called; with `seed` it determines the prompt's random numbers.
             max_tokens: longest completion, in tokens, the end token included.
-            progress: title of the progress bar, if there is to be one.
         Raises:
             BadInput: NaN or infinity in the logits.
         """
         done: list[list[Completion]] = [[] for _ in prompts]
-        disable = None if progress else True  # None: where output is no terminal
-        with tqdm(total=len(prompts), desc=progress, unit="prompt", leave=False, disable=disable) as bar:
-            for batch in pack([(len(p) + max_tokens, 0) for p in prompts], samples, self.batch_tokens):
-                indices = [prompt_index[i] for i in batch]
-                uniforms = [
-                    np.random.default_rng([*seed, i]).random((samples, max_tokens), np.float32) for i in indices
-                ]
-                completions = self._generate([prompts[i] for i in batch], indices, np.stack(uniforms), temperature)
-                for j, i in enumerate(batch):
-                    done[i] = completions[j * samples : (j + 1) * samples]
-                bar.update(len(batch))
+        for batch in self.batches(prompts, samples, max_tokens):
+            indices = [prompt_index[i] for i in batch]
+            uniforms = [np.random.default_rng([*seed, i]).random((samples, max_tokens), np.float32) for i in indices]
+            completions = self._generate([prompts[i] for i in batch], indices, np.stack(uniforms), temperature)
+            for j, i in enumerate(batch):
+                done[i] = completions[j * samples : (j + 1) * samples]
         return done
 
     @torch.inference_mode()
@@ -725,15 +1000,22 @@ class VllmEngine:
             require(head in sizes, f"{folder}: attention heads of {head}; vLLM on a CPU has {sizes}; use --engine hf")
         if self.sleeps:
             torch.cuda.empty_cache()  # vLLM asks for free memory at the start; torch keeps what it has used
-        self.llm = LLM(
-            model=str(folder),
-            dtype=str(dtype).removeprefix("torch."),
-            gpu_memory_utilization=memory,
-            logprobs_mode="processed_logprobs",  # of the tempered policy that samples
-            enable_sleep_mode=self.sleeps,
-            enforce_eager=not self.sleeps,  # no CUDA graphs to capture
-            seed=seed,
-        )
+        multiprocessing.resource_tracker.ensure_running()  # now, since it would let signals through again
+        blocked = signal.pthread_sigmask(
+            signal.SIG_BLOCK, {signal.SIGINT}
+        )  # Ctrl-C is ours to answer, not its processes'
+        try:
+            self.llm = LLM(
+                model=str(folder),
+                dtype=str(dtype).removeprefix("torch."),
+                gpu_memory_utilization=memory,
+                logprobs_mode="processed_logprobs",  # of the tempered policy that samples
+                enable_sleep_mode=self.sleeps,
+                enforce_eager=not self.sleeps,  # no CUDA graphs to capture
+                seed=seed,
+            )
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
         self.rest()
 
     def close(self) -> None:
@@ -764,6 +1046,11 @@ class VllmEngine:
             policy.save_pretrained(folder, state_dict=weights)
             self.load(Path(folder))
 
+    def batches(self, prompts: Sequence[Sequence[int]], samples: int, max_tokens: int) -> list[list[int]]:
+        """Thousands of completions at a time, since what vLLM returns takes much memory."""
+        step = max(1, 8192 // samples)
+        return [list(range(start, min(start + step, len(prompts)))) for start in range(0, len(prompts), step)]
+
     def generate(
         self,
         prompts: Sequence[Sequence[int]],
@@ -773,7 +1060,6 @@ class VllmEngine:
         max_tokens: int,
         temperature: float,
         seed: Sequence[int],
-        progress: str | None = None,
     ) -> list[list[Completion]]:
         """As that of TransformersEngine, but for `seed`: what vLLM samples is not repeatable."""
         from vllm import SamplingParams
@@ -784,15 +1070,10 @@ class VllmEngine:
             logprobs=0, flat_logprobs=True,  # those of the sampled tokens alone
         )  # fmt: skip
         groups = []
-        disable = None if progress else True
-        step = max(1, 8192 // samples)  # a part at a time, since what vLLM returns takes much memory
-        with tqdm(total=len(prompts), desc=progress, unit="prompt", leave=False, disable=disable) as bar:
-            for start in range(0, len(prompts), step):
-                some = prompts[start : start + step]
-                inputs = [{"prompt_token_ids": list(map(int, prompt))} for prompt in some]
-                for request in self.llm.generate(inputs, options, use_tqdm=False):
-                    groups.append([self._completion(sampled) for sampled in request.outputs])
-                    bar.update()
+        for batch in self.batches(prompts, samples, max_tokens):
+            inputs = [{"prompt_token_ids": list(map(int, prompts[i]))} for i in batch]
+            for request in self.llm.generate(inputs, options, use_tqdm=False):
+                groups.append([self._completion(sampled) for sampled in request.outputs])
         self.rest()
         for i, group in zip(prompt_index, groups, strict=True):
             finite = all(np.isfinite(c.logps).all() for c in group)
@@ -803,6 +1084,9 @@ class VllmEngine:
         """Of vLLM's CompletionOutput; its flat log-probs hold one for each token, that of the token."""
         logps = sampled.logprobs
         assert list(logps.token_ids) == list(sampled.token_ids)
+        if sampled.finish_reason not in ("stop", "length"):  # aborted, as on a signal
+            safe_point()
+            raise RuntimeError(f"vLLM ended a completion with {sampled.finish_reason!r}")
         cut = sampled.finish_reason == "length"
         return Completion(np.array(sampled.token_ids, np.int32), np.array(logps.logprobs, np.float32), cut)
 
@@ -834,6 +1118,17 @@ TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.05}  # mean |Δ log-prob|; r
 _vllm: dict[tuple, VllmEngine] = {}  # the process's engine, by what it cannot change
 
 
+def pick_engine(engine: str) -> str:
+    """hf or vllm; `auto` is vllm where it is installed and CUDA is there.
+
+    Raises:
+        BadInput: vLLM is not installed.
+    """
+    installed = importlib.util.find_spec("vllm") is not None
+    require(installed or engine != "vllm", "--engine vllm: vLLM is not installed (see requirements-vllm.txt)")
+    return ("vllm" if installed and device().type == "cuda" else "hf") if engine == "auto" else engine
+
+
 def close_engine() -> None:
     while _vllm:
         _vllm.popitem()[1].close()
@@ -851,9 +1146,7 @@ def open_engine(
     seed: int,
 ) -> TransformersEngine | VllmEngine:
     """The engine, with the weights of `folder`, which `policy` has too. vLLM is started once in a process."""
-    installed = importlib.util.find_spec("vllm") is not None
-    require(installed or engine != "vllm", "--engine vllm: vLLM is not installed (see requirements-vllm.txt)")
-    if engine == "hf" or (engine == "auto" and not (installed and device().type == "cuda")):
+    if pick_engine(engine) == "hf":
         return TransformersEngine(policy, tokenizer, batch_tokens)
     config = policy.config.to_dict() | {"cropi_ancestors": None, "_name_or_path": None, "dtype": None}
     kind = (json.dumps(config, sort_keys=True, default=str), dtype, gpu_memory)
@@ -1008,6 +1301,28 @@ def sample_trajectories(
     return trajectories
 
 
+def join_trajectories(parts: Sequence[Trajectories], order: Sequence[int]) -> Trajectories:
+    """The groups of several, in the order of the given prompt indices."""
+    place = {i: (part, rows) for part in parts for i, rows in part.groups().items()}
+    pieces = [place[i] for i in order]
+
+    def gather(name: str, bounds: str | None = None) -> np.ndarray:
+        cuts = [
+            (getattr(part, bounds)[[rows.start, rows.stop]] if bounds else (rows.start, rows.stop))
+            for part, rows in pieces
+        ]
+        return np.concatenate([getattr(part, name)[a:b] for (part, _), (a, b) in zip(pieces, cuts, strict=True)])
+
+    lengths = np.concatenate([np.diff(part.offsets)[rows.start : rows.stop] for part, rows in pieces])
+    return Trajectories(
+        tokens=gather("tokens", "offsets"),
+        offsets=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
+        behavior_logps=gather("behavior_logps", "logp_offsets"),
+        metadata={name: sum(part.metadata[name] for part in parts) for name in ("errors", "timeouts")},
+        **{name: gather(name) for name in ("prompt_length", "rewards", "prompt_index", "truncated")},
+    )
+
+
 TENSORS = ("tokens", "offsets", "prompt_length", "behavior_logps", "rewards", "prompt_index", "truncated")
 
 
@@ -1043,6 +1358,7 @@ GpuMemory = Annotated[float, typer.Option(callback=above_zero, max=1, help="vLLM
 Dtype = Annotated[Literal["auto", "float32", "bfloat16"], typer.Option(help="auto: bfloat16 on CUDA, else float32.")]
 BatchTokens = Annotated[int, typer.Option(min=1, help="Tokens in a batch, padding included; lower it for memory.")]
 Seed = Annotated[int, typer.Option(min=0, help="Of everything random here.")]
+SaveEvery = Annotated[float, typer.Option(min=0, help="Seconds after which unfinished work is saved, to go on from.")]
 
 
 def fitting_prompts(
@@ -1089,37 +1405,59 @@ def rollout(
     gpu_memory: GpuMemory = 0.3,
     dtype: Dtype = "auto",
     batch_tokens: BatchTokens = 16384,
+    save_every: SaveEvery = 300.0,
     seed: Seed = 0,
 ) -> Trajectories:
+    settings = settings_of(locals())
     check_out(out, model, Path(data))
     rows = load_prompts(data, limit)
     model, precision = model_folder(model), pick_dtype(dtype)
     policy, tokenizer = load_model(model, precision)
-    encoded = encode_prompts(tokenizer, rows, system, chat)
+    encoded = encode_prompts(tokenizer, rows, system, chat, data)
     kept = fitting_prompts(data, encoded, policy, max_tokens, max_prompt_tokens)
     sampler = open_engine(
         engine, model, policy, tokenizer, batch_tokens=batch_tokens, dtype=precision, gpu_memory=gpu_memory, seed=seed
     )
-    options = {"samples": samples, "max_tokens": max_tokens, "temperature": temperature}
-    trajectories = sample_trajectories(
-        sampler,
-        tokenizer,
-        [rows[i] for i in kept],
-        kept,
-        reward,
-        policy=policy,
-        prompts=[encoded[i] for i in kept],
-        verdicts={"seconds": reward_seconds, "max_errors": max_errors},
-        **options,
-        seed=[seed, int(rows.digest, 16)],
-        progress=f"rollout {out.stem}",
-    )
+    sampling = {"samples": samples, "max_tokens": max_tokens, "temperature": temperature}
+    options = sampling | {"reward": reward, "seed": seed}
+    made_from = {"model": digest(model), "data": rows.digest, "prompts": len(rows), "options": options}
+    work = Unfinished(out, made_from | {"options": settings}, save_every)
+    parts = [Trajectories(**tensors, metadata=metadata) for tensors, metadata in work.load("trajectories")]
+    batches = sampler.batches([encoded[i] for i in kept], samples, max_tokens)
+    done, saved = parts[-1].metadata["batches"] if parts else 0, len(parts)
+    bar = tqdm(total=len(kept), desc=f"rollout {out.stem}", unit="prompt", leave=False, disable=None)
+    with bar:
+        bar.update(sum(map(len, batches[:done])))
+        for n, batch in enumerate(batches[done:], done + 1):
+            failed = sum(part.metadata["errors"] + part.metadata["timeouts"] for part in parts)
+            verdicts = {"seconds": reward_seconds, "allowed": max(1, max_errors * samples * len(kept)) - failed}
+            picked = [kept[j] for j in batch]
+            parts.append(
+                sample_trajectories(
+                    sampler,
+                    tokenizer,
+                    [rows[i] for i in picked],
+                    picked,
+                    reward,
+                    policy=policy,
+                    prompts=[encoded[i] for i in picked],
+                    verdicts=verdicts,
+                    **sampling,
+                    seed=[seed, int(rows.digest, 16)],
+                )
+            )
+            bar.update(len(batch))
+            if work.due() and n < len(batches):
+                part = join_trajectories(parts[saved:], [i for some in parts[saved:] for i in some.groups()])
+                part.metadata["batches"] = n
+                parts[saved:], saved = [part], saved + 1
+                work.save("trajectories", {name: getattr(part, name) for name in TENSORS}, part.metadata)
+    trajectories = join_trajectories(parts, kept)
     failed = trajectories.metadata
-    options |= {"reward": reward, "seed": seed}
-    trajectories.metadata = {"model": digest(model), "data": rows.digest, "prompts": len(rows), "options": options}
-    trajectories.metadata |= {"verdicts": failed} if any(failed.values()) else {}
+    trajectories.metadata = made_from | ({"verdicts": failed} if any(failed.values()) else {})
     tensors = {name: getattr(trajectories, name) for name in TENSORS}
     save_tensors(out, "trajectories", tensors, trajectories.metadata)
+    work.finish()
     live = len(trajectories.live_groups())
     said = "".join(f", {count} {name}" for name, count in failed.items() if count or reward != "exact")
     tqdm.write(  # prints above the progress bars of whoever called

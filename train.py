@@ -46,6 +46,7 @@ from transformers import PreTrainedModel
 
 from rollout import (
     TOY,
+    BadInput,
     BatchTokens,
     Chat,
     Data,
@@ -58,11 +59,13 @@ from rollout import (
     MaxTokens,
     Reward,
     RewardSeconds,
+    SaveEvery,
     Seed,
     Source,
     System,
     Temperature,
     Trajectories,
+    Unfinished,
     above_zero,
     check_out,
     command_line,
@@ -74,6 +77,7 @@ from rollout import (
     load_model,
     load_prompts,
     model_folder,
+    named,
     new_app,
     open_engine,
     open_tensors,
@@ -84,6 +88,7 @@ from rollout import (
     require,
     sample_trajectories,
     save_tensors,
+    settings_of,
     whole_file,
 )
 
@@ -295,30 +300,62 @@ def grpo_step(
     return {name: sums[name] / tokens for name in ("kl", "entropy", "outside_clip")} | {"objective": sums["objective"]}
 
 
+def warn_of_collapse(log: list[dict], patience: int = 10) -> None:
+    """Say once when nothing is left to learn from: an entropy near zero, or no live group for `patience` steps."""
+    step, live = log[-1]["step"], [line["live_prompts"] > 0 for line in log]
+    if len(log) >= patience and not any(live[-patience:]) and (len(log) == patience or live[-patience - 1]):
+        tqdm.write(f"step {step}: no live prompt for {patience} steps; there is nothing to learn from these prompts")
+    low = [line["entropy"] < LOW_ENTROPY for line in log if line["live_prompts"]]
+    if live[-1] and low[-1] and not any(low[:-1]):
+        tqdm.write(f"step {step}: entropy below {LOW_ENTROPY:g} nats per token; the policy has all but collapsed")
+
+
+LOW_ENTROPY = 1e-3
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Optimizer state on disk
 
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def moments(optimizer: torch.optim.AdamW, model: PreTrainedModel) -> dict[str, np.ndarray]:
+    """AdamW's moments, as `NAME.exp_avg` and `NAME.exp_avg_sq`."""
+    state = {name: optimizer.state[parameter] for name, parameter in model.named_parameters()}
+    return {f"{name}.{moment}": state[name][moment].cpu().numpy() for name in state for moment in MOMENTS}
+
+
+def optimizer_steps(optimizer: torch.optim.AdamW) -> int:
+    return int(next(iter(optimizer.state.values()))["step"])
+
+
+def load_moments(
+    tensors: dict[str, np.ndarray], optimizer: torch.optim.AdamW, model: PreTrainedModel, steps: int
+) -> None:
+    for name, parameter in model.named_parameters():
+        state = {moment: torch.from_numpy(np.array(tensors[f"{name}.{moment}"])) for moment in MOMENTS}
+        state["step"] = torch.tensor(float(steps))
+        # on the parameter's device, where a fused optimizer wants the step too
+        optimizer.state[parameter] = {key: value.to(parameter.device) for key, value in state.items()}
+
+
+def load_weights(tensors: dict[str, np.ndarray], model: PreTrainedModel) -> None:
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(torch.from_numpy(np.array(tensors[name])))
+
 
 def save_optimizer(path: Path, optimizer: torch.optim.AdamW, model: PreTrainedModel, model_digest: str) -> None:
-    """AdamW's moments, as `NAME.exp_avg` and `NAME.exp_avg_sq`, tied by digest to the model they belong to."""
-    tensors = {}
-    for name, parameter in model.named_parameters():
-        for moment in ("exp_avg", "exp_avg_sq"):
-            tensors[f"{name}.{moment}"] = optimizer.state[parameter][moment].cpu().numpy()
-    steps = int(optimizer.state[next(model.parameters())]["step"])
-    save_tensors(path, "optimizer", tensors, {"model": model_digest, "steps": steps})
+    """The moments, tied by digest to the model they belong to."""
+    metadata = {"model": model_digest, "steps": optimizer_steps(optimizer)}
+    save_tensors(path, "optimizer", moments(optimizer, model), metadata)
 
 
 def load_optimizer(path: Path, optimizer: torch.optim.AdamW, model: PreTrainedModel, model_path: Path) -> None:
-    moments, metadata = open_tensors(path, "optimizer")
+    tensors, metadata = open_tensors(path, "optimizer")
     same = metadata["model"] == digest(model_path)
     require(same, f"{path} is the optimizer state of another model than {model_path}")
-    for name, parameter in model.named_parameters():
-        steps = torch.tensor(float(metadata["steps"]), device=parameter.device)  # where a fused optimizer has it
-        optimizer.state[parameter] = {"step": steps} | {
-            moment: torch.from_numpy(np.array(moments[f"{name}.{moment}"])).to(parameter.device)
-            for moment in ("exp_avg", "exp_avg_sq")
-        }
+    load_moments(tensors, optimizer, model, metadata["steps"])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -364,8 +401,10 @@ def train(
         ),
     ] = False,
     batch_tokens: BatchTokens = 16384,
+    save_every: SaveEvery = 300.0,
     seed: Seed = 0,
 ) -> list[dict]:
+    settings = settings_of(locals())
     check_out(out / "model", model, initial_model, model=True)
     rows = load_prompts(data, limit)
     tensors, metadata = open_tensors(selection, "selection")
@@ -374,14 +413,15 @@ def train(
     model, precision = model_folder(model), pick_dtype(dtype)
     policy, tokenizer = load_model(model)  # float32: steps of 1e-6 would vanish in bfloat16
     half = functools.partial(torch.autocast, device().type, precision, enabled=precision != torch.float32)
-    encoded = encode_prompts(tokenizer, [rows[i] for i in chosen], system, chat)
+    encoded = encode_prompts(tokenizer, [rows[i] for i in chosen], system, chat, str(data))
     kept = fitting_prompts(str(selection), encoded, policy, max_tokens, max_prompt_tokens)
     prompt_ids = {chosen[i]: encoded[i] for i in kept}
     chosen = chosen[kept]
     own = metadata.get("model") in (None, *lineage(policy, model))  # a baseline's selection names no model
     require(own, f"{selection} was made with another model than {model} or those it was trained from")
     # float32 as well: rounding to bfloat16 moves log-probs by more than training does at first
-    initial = load_model(model_folder(initial_model or model))[0].requires_grad_(False) if kl else None
+    initial_model = model_folder(initial_model or model)
+    initial = load_model(initial_model)[0].requires_grad_(False) if kl else None
     adamw = torch.optim.AdamW(policy.parameters(), lr=lr, weight_decay=0.0, fused=True)
     if optimizer:
         load_optimizer(optimizer, adamw, policy, model)
@@ -389,21 +429,39 @@ def train(
         parameter.grad = torch.zeros_like(parameter)  # so that AdamW has a state even if no group is ever live
     vllm = {"batch_tokens": batch_tokens, "dtype": precision, "gpu_memory": gpu_memory, "seed": seed}
     sampler = open_engine(engine, model, policy, tokenizer, **vllm)
-    verdicts = {"seconds": reward_seconds, "max_errors": max_errors}
+    allowed = max(1, max_errors * samples * batch_prompts)
+    verdicts = {"seconds": reward_seconds, "allowed": allowed}
     if gradient_checkpointing:
         policy.gradient_checkpointing_enable({"use_reentrant": False})
     sampling = {"samples": samples, "max_tokens": max_tokens, "temperature": temperature}
     objective = {"temperature": temperature, "clip": clip, "kl": kl, "entropy": entropy, "batch_tokens": batch_tokens}
     random = np.random.default_rng(seed)
     log: list[dict] = []
-    progress = tqdm(range(steps), desc="train", unit="step", leave=False, disable=None)
+    files = {"model": model, "initial_model": initial_model, "selection": selection, "optimizer": optimizer}
+    made_from = {name: digest(path) for name, path in files.items() if path} | {"data": rows.digest}
+    work = Unfinished(out / "model", made_from | {"options": settings}, save_every)
+    for tensors, found in work.load("training"):
+        load_weights(tensors, policy)
+        load_moments(tensors, adamw, policy, found["steps"])
+        random.bit_generator.state, log = found["random"], found["log"]
+    resumed = len(log)
+
+    def save(random_state: dict) -> None:
+        """All that the steps to come depend on."""
+        state = {"steps": optimizer_steps(adamw), "random": random_state, "log": log}
+        weights = {name: parameter.detach().cpu().numpy() for name, parameter in policy.named_parameters()}
+        work.save("training", weights | moments(adamw, policy), state, keep=False)
+
+    progress = tqdm(
+        range(resumed, steps), initial=resumed, total=steps, desc="train", unit="step", leave=False, disable=None
+    )
     for step in progress:
-        start = time.perf_counter()
+        start, drawn = time.perf_counter(), random.bit_generator.state
         picked = random.choice(chosen, min(batch_prompts, len(chosen)), replace=False)
         prompts = [prompt_ids[i] for i in picked]
-        if step:
+        if step:  # the first step of a resumed stage, too
             sampler.sync(policy)
-        with half():
+        with named(f"step {step}"), half():
             trajectories = sample_trajectories(
                 sampler,
                 tokenizer,
@@ -417,12 +475,15 @@ def train(
                 seed=[seed, step],
             )
         sampled = time.perf_counter()
-        for _ in range(iterations):
+        for iteration in range(iterations):
             adamw.zero_grad(set_to_none=False)
-            with half():
+            with named(f"step {step}"), half():
                 measured = grpo_step(policy, initial, trajectories, **objective)
             norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), max_grad_norm).item()
-            require(np.isfinite(norm), f"gradient is not finite at step {step}, prompts {sorted(picked.tolist())}")
+            if not np.isfinite(norm):
+                if log and not iteration:  # the weights are still those that the step began with
+                    save(drawn)
+                raise BadInput(f"step {step}: gradient is not finite at prompts {sorted(picked.tolist())}")
             adamw.step()
         log.append(
             {
@@ -441,6 +502,9 @@ def train(
             }
         )
         progress.set_postfix(reward=f"{log[-1]['reward']:.2f}")
+        warn_of_collapse(log)
+        if step + 1 < steps and work.due():
+            save(random.bit_generator.state)
     policy.config.cropi_ancestors = lineage(policy, model)
     with whole_file(out / "metrics.jsonl") as temporary:
         temporary.write_text("".join(json.dumps(line) + "\n" for line in log))
@@ -448,6 +512,7 @@ def train(
         policy.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
         save_optimizer(out / "optimizer.safetensors", adamw, policy, digest(temporary))
+    work.finish()
     first, last = log[0]["reward"], log[-1]["reward"]
     tqdm.write(f"{out}/model: {steps} steps on {len(chosen)} prompts, reward {first:.3f} -> {last:.3f}")
     return log

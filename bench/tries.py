@@ -20,7 +20,7 @@ import typer
 
 import cropi
 import train
-from rollout import TENSORS, Trajectories, command_line, new_app, open_trajectories, require, save_tensors
+from rollout import TENSORS, Trajectories, Unfinished, command_line, new_app, open_trajectories, require, save_tensors
 
 ARMS = {  # to be compared with 8 stages of 20 steps, or with their first 80 steps
     "full": "--set train.steps=20 --selector full",
@@ -116,11 +116,15 @@ class OwnTrajectories(Curriculum):
 
     latest: ClassVar[Groups] = {}  # of the stage in training
 
-    def train(self, stage: int) -> list[dict]:
+    def train(self, stage: int) -> dict:
         self.latest.clear()
+        kept = not Unfinished.folder_of(self.folder(stage) / "model").exists()
         log = super().train(stage)
+        kept &= bool(self.latest) or (self.folder(stage) / "trained.safetensors").is_file()
+        require(kept, f"{self.out}: killed at a moment that this try cannot go on from; remove it")
         metadata = open_trajectories(self.trajectories(0) / "train.safetensors").metadata
-        save_groups(self.folder(stage) / "trained.safetensors", self.latest, metadata)
+        if self.latest:
+            save_groups(self.folder(stage) / "trained.safetensors", self.latest, metadata)
         return log
 
     def offline_rollouts(self, stage: int) -> dict:

@@ -273,3 +273,119 @@ def test_run(refused, world, tmp_path):
         refused("cropi", *given, *words, says=says)
     assert not (tmp_path / "run").exists()
     refused("cropi", "walk", says="walk")
+
+
+# Every one of these, in every format that can say it: (name of the file, its bytes)
+BIG = "a" * 10_000_000
+MALFORMED = {
+    "null.jsonl": b'{"prompt": "rev(12)=", "answer": "21"}\n\x00\x00\x00\n',
+    "binary.jsonl": bytes(range(256)),
+    "utf16.jsonl": '{"prompt": "rev(12)=", "answer": "21"}'.encode("utf-16"),
+    "number.jsonl": b"3\n4\n",
+    "string.jsonl": b'"rev(12)="\n',
+    "nulls.jsonl": b"null\n",
+    "middle.jsonl": b'{"prompt": "rev(12)=", "answer": "21"}\nnull\n',
+    "nulls.json": b"[null]",
+    "cut.jsonl": b'{"prompt": "rev(12)=", "answer": "2',
+    "listed.jsonl": b'{"prompt": ["rev"], "answer": "21"}\n',
+    "numbered.jsonl": b'{"prompt": 12, "answer": "21"}\n',
+    "nested.jsonl": b'{"prompt": {"a": "b"}, "answer": "21"}\n',
+    "absent.jsonl": b'{"prompt": "rev(12)="}\n',
+    "noprompt.jsonl": b'{"answer": "21"}\n',
+    "emptyprompt.jsonl": b'{"prompt": "", "answer": "21"}\n',
+    "nullprompt.jsonl": b'{"prompt": null, "answer": "21"}\n',
+    "nullanswer.jsonl": b'{"prompt": "rev(12)=", "answer": null}\n',
+    "listanswer.jsonl": b'{"prompt": "rev(12)=", "answer": ["21"]}\n',
+    "boolanswer.jsonl": b'{"prompt": "rev(12)=", "answer": false}\n',
+    "oneofmany.jsonl": b'{"prompt": "rev(12)=", "answer": "21"}\n' * 50 + b'{"prompt": "rev(12)=", "answer": ""}\n',
+    "changing.jsonl": b'{"prompt": "rev(12)=", "answer": "21"}\n{"prompt": ["x"], "answer": {"a": 1}}\n',
+    "duplicate.jsonl": b'{"prompt": "rev(12)=", "prompt": 3, "answer": "21"}\n',
+    "unknowncharacters.jsonl": '{"prompt": "漢字", "answer": "21"}\n'.encode(),
+    "bigprompt.jsonl": f'{{"prompt": "{BIG}", "answer": "21"}}\n'.encode(),
+    "chat.jsonl": b'{"prompt": [{"role": "user", "content": "rev(12)="}], "answer": "21"}\n',
+    "empty.jsonl": b"",
+    "white.jsonl": b" \n\n \n",
+    "empty.json": b"",
+    "nothing.json": b"[]",
+    "object.json": b"{}",
+    "number.json": b"3",
+    "cut.json": b'[{"prompt": "rev(12)=", "answer": "21"}',
+    "absent.json": b'[{"prompt": "rev(12)="}]',
+    "empty.csv": b"",
+    "header.csv": b"prompt,answer\n",
+    "absent.csv": b"prompt,other\nrev(12)=,21\n",
+    "noanswer.csv": b"prompt,answer\nrev(12)=,\n",
+    "null.csv": b"\x00\x00\x00\x00",
+    "quote.csv": b'prompt,answer\n"rev(12)=,21\n',
+    "duplicate.csv": b"prompt,prompt,other\nrev(12)=,rev(12)=,21\n",
+    "ragged.csv": b"prompt,answer\nrev(12)=,21\na,b,c,d,e\n",
+    "empty.parquet": b"",
+    "cut.parquet": b"PAR1",
+    "text.parquet": b'{"prompt": "rev(12)=", "answer": "21"}\n',
+    "null.parquet": bytes(1000),
+    "data.txt": b"rev(12)=\n",
+    "data.pkl": b"\x80\x04K\x03.",
+}
+BAD_NUMBERS = {
+    "rollout": {
+        **{"--samples": "0 -1 1.5 x", "--temperature": "0 -1 inf nan x", "--max-tokens": "0 -3 1e9 64"},
+        **{"--seed": "-1 x", "--limit": "0 -1", "--batch-tokens": "0 -5", "--save-every": "-1 x"},
+        **{"--max-errors": "2 -1", "--reward-seconds": "0 nan"},
+    },
+    "project": {"--k": "0 -1 x", "--sparse-ratio": "0 2 nan", "--cap": "0 -1 inf", "--halves": "-1", "--dtype": "int8"},
+    "select": {"--frac": "0 -1 1.01 nan inf", "--method": "best", "--seed": "-1"},
+    "train": {
+        **{"--lr": "0 -1 inf nan x", "--steps": "0 -1", "--samples": "1 0", "--clip": "0 nan"},
+        **{"--kl": "-1", "--entropy": "-1"},
+    },
+    "cropi": {
+        **{"--stages": "0 -1 x", "--frac": "0 2 nan", "--selector": "best", "--refresh-every": "-1", "--force": "-1 x"},
+        **{"--set": "train.lr train.lr=x nothing.lr=1 train.nothing=1 =", "--save-every": "-1"},
+    },
+}
+
+
+def test_malformed_inputs_are_one_line_each(refused, world, tmp_path):
+    w, count = world, 0
+    inputs = {
+        "rollout": ("--data", w / "train.jsonl"),
+        "project": ("--trajectories", w / "t.safetensors"),
+        "select": ("--data", w / "train.jsonl", "--trajectories", w / "t.safetensors", "--method", "pass-rate"),
+        "train": ("--data", w / "train.jsonl", "--selection", w / "s.safetensors"),
+        "cropi": ("run",),
+    }
+    for script, options in BAD_NUMBERS.items():
+        for option, values in options.items():
+            for value in values.split():
+                out = tmp_path / "new" / "x"
+                refused(script, *inputs[script], "--out", out, f"{option}={value}", says="")
+                assert not (tmp_path / "new").exists(), (option, value)
+                count += 1
+    for name, data in MALFORMED.items():
+        (tmp_path / name).write_bytes(data)
+        says = "1 of 1 prompts dropped" if name.startswith(("unknown", "big")) else name
+        refused("rollout", "--out", tmp_path / "new" / "x", "--data", tmp_path / name, says=says)
+        assert not (tmp_path / "new").exists()
+        count += 1
+    for name in ("nested.jsonl", "empty.csv", "cut.parquet", "nothing.json"):
+        path = tmp_path / name
+        refused("train", "--selection", w / "s.safetensors", "--data", path, "--out", tmp_path / "new", says=name)
+        refused("select", "--data", path, "--method", "random", "--out", tmp_path / "new" / "s", says=name)
+        for option in ("--train", "--valid", "--test"):
+            refused("cropi", "run", option, path, "--out", tmp_path / "new", says=name)
+        count += 5
+    for wrong in (
+        tmp_path,
+        w / "train.jsonl",
+        TOY / "model" / "model.safetensors",
+        w / "gv.safetensors",
+        "/proc/self/mem",
+        "\u202e",
+    ):
+        refused("project", "--trajectories", wrong, "--out", tmp_path / "new" / "x", says="")
+        refused("train", "--selection", wrong, "--data", w / "train.jsonl", "--out", tmp_path / "new", says="")
+        refused("rollout", "--model", wrong, "--out", tmp_path / "new" / "x", says="")
+        count += 3
+    assert not (tmp_path / "new").exists()
+    print(f"{count} malformed inputs refused")
+    assert count >= 120

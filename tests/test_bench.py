@@ -155,7 +155,7 @@ def test_a_killed_study_goes_on_and_nothing_else_is_mixed_in(small_world):
 
     rows = compare.compare([out])
     assert {row["arm"]: row["seeds"] for row in rows} == {"full": 2, "influence": 2}
-    reports = {run: json.loads((out / run / "report.json").read_text()) for run in runs}
+    reports = {run: rollout.load_json(out / run / "report.json") for run in runs}
     for row in rows:
         finals = [reports[f"{row['arm']}-{seed}"]["evaluations"][-1]["accuracy"]["rev"] for seed in (0, 1)]
         assert row["final"][0] == pytest.approx(np.mean(finals))
@@ -191,20 +191,20 @@ def test_a_killed_study_goes_on_and_nothing_else_is_mixed_in(small_world):
             ablate.ablate(options, arms, seeds=2, stages=2, out=out)
     assert digests(out, "**/*") == everything
     # a run of another making in an arm's place
-    settings = json.loads((out / "full-1" / "run.json").read_text())
-    settings["settings"]["frac"] = 0.3
-    (out / "full-1" / "run.json").write_text(json.dumps(settings))
-    (out / "influence-1" / "run.json").write_text(
-        (out / "influence-1" / "run.json").read_text().replace("valid-rev.jsonl", "valid-srt.jsonl")
-    )
-    with pytest.raises(BadInput, match="full-1 was begun with another --frac"):
+    about = rollout.load_json(out / "full-1" / "run.json")
+    about["settings"]["frac"] = 0.3
+    rollout.write_json(out / "full-1" / "run.json", about)
+    about = json.dumps(rollout.load_json(out / "influence-1" / "run.json"))
+    about = json.loads(about.replace("valid-rev.jsonl", "valid-srt.jsonl"))
+    rollout.write_json(out / "influence-1" / "run.json", about)
+    with pytest.raises(BadInput, match=r"full-1 was begun with frac 0.3, now 0.1;"):
         ablate.ablate(common, ["full=--selector full"], seeds=2, stages=2, out=out)
     with pytest.raises(BadInput, match=r"full-1 and .*full-0 differ in more than the seed: --frac"):
         compare.compare([out])
     with pytest.raises(BadInput, match=r"influence-1 and .*influence-0 differ in more than the seed: --valid"):
         compare.compare([out / "influence-0", out / "influence-1"])
     report = reports["full-0"] | {"targeted": ["untargeted"]}
-    (out / "full-0" / "report.json").write_text(json.dumps(report))
+    rollout.write_json(out / "full-0" / "report.json", report)
     with pytest.raises(BadInput, match="cannot be compared: another choice of targeted test sets"):
         compare.compare([out / "influence-0", out / "full-0"])
     (out / "influence-1" / "report.json").unlink()
@@ -246,7 +246,7 @@ def test_every_try_scores_what_it_says(small_world, monkeypatch, name):
     options = {"pool": pool, **files, "stages": 2, "refresh_every": 1, "assignments": SETTINGS, "out": out}
     cropi.run(**options)
     monkeypatch.setattr(cropi, "Curriculum", tries.Curriculum)
-    with pytest.raises(BadInput, match="begun with another --curriculum"):
+    with pytest.raises(BadInput, match=r"was begun with curriculum .*, now Curriculum;"):
         cropi.run(**options)
     first, second = (rollout.open_trajectories(out / f / "rollouts/train.safetensors") for f in (".", "stage-01"))
     valid = [rollout.digest(out / f / "rollouts/valid-rev.safetensors") for f in (".", "stage-01")]

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 import cropi
 import rollout
-from rollout import TOY, BadInput, load_prompts, open_tensors
+from rollout import TOY, BadInput, load_json, load_prompts, open_tensors
 
 SMALL = ["train.steps=2", "train.batch_prompts=8", "valid.samples=8", "test.samples=2", "project.k=256"]
 
@@ -34,15 +34,23 @@ def test_a_run_writes_what_its_head_lists(small_world, capsys):
     report = run_small(small_world, "a")
     out = small_world / "a"
     assert sorted(path.name for path in out.iterdir()) == [
-        *("curve.png", "report.json", "rollouts", "run.json", "selection.png", "stage-00", "stage-01"),
+        *(".lock", "curve.png", "report.json", "rollouts", "run.json", "selection.png", "stage-00", "stage-01"),
     ]
     assert sorted(path.name for path in (out / "stage-01").iterdir()) == sorted(
         [f"gradients-{name}.safetensors" for name in ("train", "valid-rev", "valid-srt")]
         + [f"test-{name}.safetensors" for name in ("rev", "untargeted")]
-        + ["metrics.jsonl", "model", "optimizer.safetensors", "selection.csv", "selection.safetensors", "summary.json"]
+        + [
+            "journal.json",
+            "metrics.jsonl",
+            "model",
+            "optimizer.safetensors",
+            "selection.csv",
+            "selection.safetensors",
+            "summary.json",
+        ]
     )
     AutoModelForCausalLM.from_pretrained(out / "stage-01" / "model")
-    assert report == json.loads((out / "report.json").read_text())
+    assert report == load_json(out / "report.json")
     assert [e["steps"] for e in report["evaluations"]] == [0, 2, 4]
     assert report["targeted"] == ["rev"]
     lines = [json.loads(line) for line in (out / "stage-01" / "metrics.jsonl").read_text().splitlines()]
@@ -121,12 +129,12 @@ def test_refreshed_trajectories_are_not_sampled_twice(small_world):
 
 def test_other_settings_are_refused_by_name(small_world):
     run_small(small_world, "a", stages=1)
-    for options, name in (({"seed": 1}, "--seed"), ({"frac": 0.2}, "--frac"), ({"assignments": []}, "--set")):
-        with pytest.raises(BadInput, match=f"another {name} "):
+    for options, name in (({"seed": 1}, "seed 0"), ({"frac": 0.2}, "frac 0.1"), ({"assignments": []}, "set.")):
+        with pytest.raises(BadInput, match=f"was begun with {name}.*, now .*; choose a new --out, or --force"):
             run_small(small_world, "a", **options)
     with open(small_world / "train.jsonl", "a") as file:
         file.write('{"prompt": "cpy(abc)=", "answer": "abc"}\n')
-    with pytest.raises(BadInput, match="another --train "):
+    with pytest.raises(BadInput, match=r"was begun with train .*, now "):
         run_small(small_world, "a")
 
 
@@ -173,7 +181,7 @@ def test_static_chooses_once(small_world, selector):
     assert report["evaluations"][2]["seconds_scoring"] < 1e-3
     with pytest.raises(BadInput, match="--static chooses once"):
         run_small(small_world, "c", static=True, refresh_every=1)
-    with pytest.raises(BadInput, match="another --static"):
+    with pytest.raises(BadInput, match="was begun with static True, now False"):
         run_small(small_world, "a", selector=selector)
 
 
@@ -207,5 +215,5 @@ def test_a_start_that_failed_can_be_mended(small_world):
         run_small(small_world, "a", assignments=[*SMALL, "rollout.max_tokens=60"])
     run_small(small_world, "a", stages=1)
     (small_world / "a" / "run.json").write_text("{")
-    with pytest.raises(BadInput, match=r"run\.json is not whole"):
+    with pytest.raises(BadInput, match=r"run\.json is not as it was written"):
         run_small(small_world, "a", stages=1)

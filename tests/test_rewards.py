@@ -222,7 +222,7 @@ def test_a_verdict_that_hangs_or_dies_costs_itself_alone(rewards):
     texts = ["a", "hang", "b", "die", "c", "raise", *"defghij"]
     rows = [{"prompt": "p", "answer": "a"}] * len(texts)
     start = time.perf_counter()
-    verdicts, counts = verify(f"{rewards}:hangs", rows, texts, seconds=1.0, max_errors=0.5)
+    verdicts, counts = verify(f"{rewards}:hangs", rows, texts, seconds=1.0, allowed=6)
     assert counts == {"errors": 2, "timeouts": 1}
     assert verdicts.tolist() == [float(text not in ("hang", "die", "raise")) for text in texts]
     assert time.perf_counter() - start < 120

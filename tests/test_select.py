@@ -304,6 +304,15 @@ def test_the_standard_librarys_select_is_found(python, tmp_path):
     (tmp_path / "test_it.py").write_text("import select, subprocess\ndef test_it():\n    assert select.poll()\n")
     env["PYTHONPATH"] = os.path.dirname(os.path.dirname(pytest.__file__))  # pure Python, so any interpreter runs it
     tested = run(
-        "-m", "pytest", "-q", "-p", "no:cacheprovider", "--rootdir", str(tmp_path), str(tmp_path / "test_it.py")
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "-p",
+        "no:hypothesispytest",
+        "--rootdir",
+        str(tmp_path),
+        str(tmp_path / "test_it.py"),
     )
     assert "1 passed" in tested.stdout, tested.stdout + tested.stderr
