@@ -303,7 +303,6 @@ def save_rows(
         file.write(bytes(room))
         yield lambda rows: write(rows.astype(np.float32, copy=False))
         end = 4 * shape[0] * shape[1]
-        # One entry of JSON for all that is ours, and the digest of the file
         about = {"cropi": json.dumps({"format": FORMAT, "kind": kind} | metadata), "digest": ""}
         header = {"__metadata__": about} | ({name: _entry("F32", shape, 0, end)} if name else {})
         for column, values in sorted(columns.items(), key=lambda item: -item[1].itemsize):  # each at a whole address
@@ -432,13 +431,13 @@ class Unfinished:
     def seconds_in(cls, out: Path, kind: str) -> float:
         """Work that the parts of a file stand for."""
         parts = sorted(cls.folder_of(out).glob("[0-9]*.safetensors"))
-        return open_tensors(parts[-1], kind)[1]["seconds"] if parts else 0.0
+        return open_tensors(parts[-1], kind)[1].get("seconds", 0.0) if parts else 0.0
 
     def load(self, kind: str) -> list[tuple[dict[str, np.ndarray], dict]]:
         """Tensors and metadata of the parts that are there."""
         loaded = [open_tensors(path, kind) for path in self.parts]
         for path, (_, metadata) in zip(self.parts, loaded, strict=True):
-            require(metadata["request"] == self.seal, f"{path} is part of something else; remove {self.folder}")
+            require(metadata.get("request") == self.seal, f"{path} is part of something else; remove {self.folder}")
         if loaded:
             self.seconds = loaded[-1][1]["seconds"]
             tqdm.write(f"{self.folder}: goes on after {self.seconds:.1f} s of work")

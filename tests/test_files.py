@@ -296,6 +296,10 @@ def test_parts_belong_to_their_request(tmp_path):
     shutil.copy(one.parts[0], other.parts[0])
     with pytest.raises(BadInput, match="is part of something else"):
         Unfinished(tmp_path / "b", {"seed": 1}, 0.0).load("gradients")
+    rollout.save_tensors(other.parts[0], "gradients", {"x": np.zeros(3, np.float32)}, {})  # one of no request at all
+    assert Unfinished.seconds_in(tmp_path / "b", "gradients") == 0
+    with pytest.raises(BadInput, match="is part of something else"):
+        Unfinished(tmp_path / "b", {"seed": 1}, 0.0).load("gradients")
     (one.folder / "request.json").unlink()  # then nobody knows what they are parts of
     again = Unfinished(tmp_path / "a", {"seed": 5}, 0.0)
     assert again.load("gradients") == []
