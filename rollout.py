@@ -1000,9 +1000,8 @@ class VllmEngine:
         if self.sleeps:
             torch.cuda.empty_cache()  # vLLM asks for free memory at the start; torch keeps what it has used
         multiprocessing.resource_tracker.ensure_running()  # now, since it would let signals through again
-        blocked = signal.pthread_sigmask(
-            signal.SIG_BLOCK, {signal.SIGINT}
-        )  # Ctrl-C is ours to answer, not its processes'
+        # Ctrl-C is ours to answer: the engine's processes inherit what is blocked here
+        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
             self.llm = LLM(
                 model=str(folder),
