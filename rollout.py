@@ -1,493 +1,290 @@
 """Rollout: sample K completions for every prompt, verify them, and store the trajectories.
 
-    python rollout.py --data toy/train.jsonl --out runs/mine/rollouts/train.safetensors
-    python rollout.py --data toy/test-rev.jsonl --samples 4 --out runs/mine/test-rev.safetensors   # evaluation
+    python rollout.py --data toy/train.jsonl --out runs/mine/rollouts/train
+    python rollout.py --data toy/test-rev.jsonl --samples 4 --out runs/mine/test-rev   # evaluation: the mean reward
 
 Reads   a causal language model and a data set, each a local path or the name of one on the Hugging Face Hub.
-Writes  one safetensors file of M = N*K trajectories, end to end, the K of a prompt side by side:
+Writes  a folder of shards, 00000.safetensors, 00001.safetensors ..., each with the K trajectories of its N prompts:
 
-    tokens         int32   (T,)    prompt + completion ids of every trajectory; never re-tokenised text
-    offsets        int64   (M+1,)  trajectory m is tokens[offsets[m]:offsets[m+1]]
-    prompt_length  int32   (M,)    its first prompt_length[m] tokens are the prompt
-    behavior_logps float32 (T',)   log β(a_t|h_t), one per completion token
-    rewards        float32 (M,)    the verifier's verdict
-    prompt_index   int32   (M,)    row of the data file
-    truncated      uint8   (M,)    1 where max_tokens cut the completion off before its end token
+    prompt_index   int32   (N,)    row of the data set
+    prompt_length  int32   (N,)    tokens of the prompt
+    prompt_tokens  int32   (Tp,)   the prompts' ids, one prompt after another
+    length         int32   (N,K)   tokens of each completion, the end token included
+    tokens         int32   (T,)    the completions' ids as they were sampled, one after another; never re-tokenised
+    behavior_logps float32 (T,)    log β(a_t|h_t) of each of these tokens
+    rewards        float32 (N,K)   R_k, the verifier's verdict
+    truncated      uint8   (N,K)   1 where max_tokens cut the completion off before its end token
 
-This is the first script of five (rollout -> train -> project -> select -> cropi) and the only one that all the others
-import, so it also holds what they share: the error for bad input, the files, the model, the verifiable rewards.
+This is the first script of five (rollout -> train -> project -> select -> cropi). Its last section holds what all five
+share: bad input, files, processes. Skip that one on first reading.
 
 The policy is softmax(logits / temperature) everywhere: here, in the GRPO step and in the influence estimate. There is
 no top-p and no top-k, since both would bend the ratios π/β that the off-policy gradient is made of (equation 2).
 
-A completion depends on model, temperature, seed, data file, K, token limit and prompt alone: not on batch size or the
-order of the prompts, beyond rounding. (With vLLM it is another one every time.)
-
-Evaluation is this script on a test set: accuracy is the mean reward of a trajectory file.
+With transformers a completion depends on model, temperature, seed, data, K, token limit and prompt alone: not on batch
+size, shard size, number of processes or order of the prompts, beyond rounding. vLLM's sampling is not repeatable.
 """
 
+from __future__ import annotations  # the types of the options stand at the end of the file
+
+import ast
 import atexit
-import errno
 import functools
 import hashlib
+import importlib.metadata
 import importlib.util
-import itertools
 import json
 import logging
 import multiprocessing
-import multiprocessing.resource_tracker
 import os
 import re
 import shlex
 import shutil
-import signal
-import struct
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal
+from types import SimpleNamespace
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import typer
-from filelock import FileLock, Timeout
 from jinja2 import TemplateError
 from pebble import ProcessPool
 from safetensors import SafetensorError, safe_open
+from safetensors.numpy import load_file, save_file
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
 disable_progress_bar()  # transformers' own bars, one per file read or written
-logging.getLogger("huggingface_hub").setLevel("ERROR")  # it says of every try that it will try again
-FORMAT = "cropi/3"  # version of every file that the five scripts write
+logging.getLogger("huggingface_hub").setLevel("ERROR")  # it announces every retry
 TOY = Path(os.path.relpath(Path(__file__).resolve().parent / "toy"))  # the bundled world: the default paths
+Array = np.ndarray
+PLAIN = {"add_completion": False, "pretty_exceptions_enable": False, "rich_markup_mode": None}
+app = typer.Typer(**PLAIN)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Bad input, and other ways to end early
+# Trajectories
 
 
-class BadInput(Exception):
-    """The user can mend this: one line that names the thing and the way out, exit code 2, nothing overwritten."""
+@dataclass
+class Trajectories:
+    """K trajectories for each of N prompts; the shapes stand at the head of this file."""
+
+    prompt_index: Array
+    prompt_length: Array
+    prompt_tokens: Array
+    length: Array
+    tokens: Array
+    behavior_logps: Array
+    rewards: Array
+    truncated: Array
+    failed: dict[str, int] = field(default_factory=dict)  # verdicts that could not be had: `errors`, `timeouts`
+
+    def __post_init__(self):
+        self.samples = self.rewards.shape[1]  # K
+        self.prompt_offsets = np.concatenate([[0], np.cumsum(self.prompt_length, dtype=np.int64)])  # (N+1,)
+        # Trajectory k of prompt n has tokens[offsets[m] : offsets[m+1]], and these log-probs, with m = n*K + k.
+        self.offsets = np.concatenate([[0], np.cumsum(self.length, dtype=np.int64)])  # (N*K+1,)
+
+    def tensors(self) -> dict[str, Array]:
+        return {name: value for name, value in vars(self).items() if name in TENSORS}
+
+    def prompt(self, n: int) -> Array:
+        return self.prompt_tokens[self.prompt_offsets[n] : self.prompt_offsets[n + 1]]
+
+    def span(self, n: int, k: int) -> slice:
+        """Where the tokens and log-probs of trajectory k of prompt n stand."""
+        m = n * self.samples + k
+        return slice(int(self.offsets[m]), int(self.offsets[m + 1]))
+
+    def live(self) -> Array:
+        """The prompts n whose rewards differ. In all others every advantage, and so the gradient, is exactly 0."""
+        return np.flatnonzero(np.ptp(self.rewards, axis=1) > 0)
+
+    def take(self, kept: Array) -> Trajectories:
+        """The same of some prompts, in the same order: `kept` holds their places n."""
+        prompts = np.isin(np.arange(len(self.length)), kept)  # (N,)
+        tokens = np.repeat(prompts, self.length.sum(1))
+        of = {"tokens": tokens, "behavior_logps": tokens, "prompt_tokens": np.repeat(prompts, self.prompt_length)}
+        return Trajectories(*(getattr(self, name)[of.get(name, prompts)] for name in TENSORS))
 
 
-class Stopped(Exception):
-    """Somebody asked the process to end, and all that is whole has been saved."""
+TENSORS = tuple(name for name in Trajectories.__dataclass_fields__ if name != "failed")
 
 
-_asked: list[int] = []  # signals
+def load_trajectories(path: Path) -> tuple[Trajectories, dict]:
+    """The trajectories of one shard, and its record (recipe, facts, identity)."""
+    tensors, record = load(path, "trajectories")
+    return Trajectories(**tensors), record
 
 
-def _ask_to_stop(signum: int, frame: object) -> None:
-    _asked.append(signum)
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # the next one ends at once
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    os.write(2, b"\nending at the next safe point; once more ends at once\n")
+def sample_trajectories(
+    engine: TransformersEngine | VllmEngine,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[dict],
+    prompt_index: Sequence[int],
+    reward: str,
+    *,
+    policy: PreTrainedModel | None = None,
+    prompts: Sequence[Sequence[int]] | None = None,
+    verdicts: dict | None = None,
+    **sampling,
+) -> Trajectories:
+    """K verified trajectories for each of N prompts; `rows[n]` has the index `prompt_index[n]`.
+
+    Args:
+        policy: what the engine should sample from, for its `check`.
+        prompts: token ids, where they are known.
+        verdicts: options of `verify`.
+        sampling: goes to the engine: samples, max_tokens, temperature, seed.
+    """
+    prompts = encode_prompts(tokenizer, rows) if prompts is None else prompts
+    samples = sampling["samples"]
+    completions = [c for group in engine.generate(prompts, prompt_index, **sampling) for c in group]  # (N*K,)
+    trajectories = Trajectories(
+        prompt_index=np.array(prompt_index, np.int32),
+        prompt_length=np.array([len(p) for p in prompts], np.int32),
+        prompt_tokens=np.concatenate([*prompts, []]).astype(np.int32),
+        length=np.array([len(c.tokens) for c in completions], np.int32).reshape(-1, samples),  # (N*K,) -> (N, K)
+        tokens=np.concatenate([*(c.tokens for c in completions), []]).astype(np.int32),
+        behavior_logps=np.concatenate([*(c.logps for c in completions), []]).astype(np.float32),
+        rewards=np.zeros((len(prompts), samples), np.float32),
+        truncated=np.array([c.truncated for c in completions], np.uint8).reshape(-1, samples),
+    )
+    if policy is not None:
+        engine.check(policy, trajectories, sampling["temperature"])
+    texts = tokenizer.batch_decode([c.tokens for c in completions], skip_special_tokens=True)
+    repeated = [row for row in rows for _ in range(samples)]  # (N*K,)
+    rewards, trajectories.failed = verify(reward, repeated, texts, **(verdicts or {}))
+    trajectories.rewards[:] = rewards.reshape(-1, samples)
+    return trajectories
 
 
-def safe_point() -> None:
-    """Where ending loses nothing."""
-    if _asked:
-        raise Stopped
-
-
-def command_line(app: typer.Typer) -> None:
-    """Run a script's command line. Bad input, usage errors too, becomes one line; a bug keeps its traceback. The first
-    Ctrl-C or SIGTERM ends at the next safe point, the second at once."""
-    command = typer.main.get_command(app)
-    usage_error = typer.BadParameter.__base__  # unknown and missing options too
-    _asked.clear()
-    before = {number: signal.signal(number, _ask_to_stop) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        with command.make_context(Path(sys.argv[0]).name, sys.argv[1:]) as context:
-            command.invoke(context)
-        return
-    except typer.Exit as done:  # --help
-        sys.exit(done.exit_code)
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except Stopped:
-        words = re.sub(r" --force[ =]\d+", "", shlex.join(["python", *sys.argv]))  # once is enough
-        print(f"stopped; to go on: {words}", file=sys.stderr)
-        sys.exit(128 + _asked[0])
-    except usage_error as error:
-        message = error.format_message()
-    except BadInput as error:
-        message = str(error)
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-    print("error:", *message.split(), file=sys.stderr)  # one line, whatever a library has said
-    sys.exit(2)
-
-
-def new_app(**options) -> typer.Typer:
-    return typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None, **options)
-
-
-def above_zero(value: float | None) -> float | None:
-    """Check of an option, where typer's own `min` would let 0 and nan through."""
-    if value is not None and not 0 < value < float("inf"):
-        raise typer.BadParameter(f"{value} is not above 0")
-    return value
-
-
-@contextmanager
-def named(what: str) -> Iterator[None]:
-    """Bad input that comes up in the block is that of `what`."""
-    try:
-        yield
-    except BadInput as error:
-        raise BadInput(f"{what}: {error}") from None
-
-
-def require(condition: bool, message: str) -> None:
-    if not condition:
-        raise BadInput(message)
+def sample_prompts(
+    engine: TransformersEngine | VllmEngine,
+    tokenizer: PreTrainedTokenizerBase,
+    policy: PreTrainedModel,
+    rows: Prompts,
+    encoded: Sequence[Sequence[int]] | dict[int, Sequence[int]],
+    picked: Sequence[int],
+    o: SimpleNamespace,
+    seed: list[int],
+    allowed: float,
+) -> Trajectories:
+    """`sample_trajectories` for the picked rows, whose token ids are `encoded`, with the options `o` of a command."""
+    sampling = {"samples": o.samples, "max_tokens": o.max_tokens, "temperature": o.temperature, "seed": seed}
+    verdicts, prompts = {"seconds": o.reward_seconds, "allowed": allowed}, [encoded[i] for i in picked]
+    given = {"policy": policy, "prompts": prompts, "verdicts": verdicts} | sampling
+    return sample_trajectories(engine, tokenizer, [rows[i] for i in picked], picked, o.reward, **given)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Files: what is written is whole, says what it was made from, and is checked when it is read
+# The command
 
 
-@contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
-    """Yields a temporary name beside `path` (file or folder). If the block ends without an error, it is flushed to disk
-    and renamed to `path`; else it is removed.
-
-    Raises:
-        BadInput: the disk is full, or may not be written to.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    old = path.with_name(f".{path.name}.{os.getpid()}.old")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield temporary
-        if temporary.is_dir():
-            (temporary / DIGEST).write_text(digest(temporary))
-        for part in (*(temporary.iterdir() if temporary.is_dir() else ()), temporary):
-            _flush(part)
-        if path.is_dir():  # a folder cannot be replaced in one step: move it aside first
-            shutil.rmtree(old, ignore_errors=True)
-            os.replace(path, old)
-        os.replace(temporary, path)
-        _flush(path.parent)
-        shutil.rmtree(old, ignore_errors=True)  # only now: had the line above failed, it would be the last copy
-    except Exception as error:  # some libraries put what the system says into exceptions of their own
-        number = getattr(error, "errno", None) or next(
-            map(int, re.findall(r"(?:os error|code:) (\d+)", str(error))), None
-        )
-        full = number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        require(not full, f"{path}: no room to write it ({os.strerror(number or 0)}); make some and run the same again")
-        denied = isinstance(error, OSError) and number in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT)
-        require(not denied, f"{path}: cannot write it ({os.strerror(number or 0)})")
-        raise
-    finally:
-        shutil.rmtree(temporary) if temporary.is_dir() else temporary.unlink(missing_ok=True)
-        if old.exists() and not path.exists():
-            os.replace(old, path)
-
-
-def _flush(path: Path) -> None:
-    """To disk, a folder's entries too."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def check_out(out: Path, *inputs: Path | None, model: bool = False) -> None:
-    """Before any work: `out` can be written, and nothing else is lost by it.
-
-    Raises:
-        BadInput: it is one of the inputs, stands below a file, or is a folder (but for a model that replaces a model).
-    """
-    require(out.resolve() not in [path.resolve() for path in inputs if path], f"{out} is an input too; choose another")
-    require(not out.is_dir() or (model and (out / "config.json").is_file()), f"{out} is a folder; choose another name")
-    parent = next(path for path in out.absolute().parents if path.exists())
-    require(parent.is_dir(), f"{out}: {parent} is not a folder")
-    try:
-        with tempfile.TemporaryFile(dir=parent):
-            pass
-    except OSError as error:
-        raise BadInput(f"{out}: cannot write in {parent} ({error.strerror})") from None
-
-
-DIGEST = ".digest"  # of the model folder that it lies in
-
-
-def digest(path: Path) -> str:
-    """SHA-256 of a file, or of all files of a model folder."""
-    files = [path] if path.is_file() else sorted(f for f in path.glob("[!.]*") if f.is_file())
-    sha = hashlib.sha256()
-    for file in files:
-        with open(file, "rb") as f:
-            sha.update(file.name.encode() + hashlib.file_digest(f, "sha256").digest())
-    return sha.hexdigest()[:16]
-
-
-def is_intact(folder: Path) -> bool:
-    """Is a model folder as `whole_file` left it? One that came from elsewhere is taken as it is."""
-    seal = folder / DIGEST
-    return not seal.is_file() or seal.read_bytes() == digest(folder).encode()
-
-
-def write_json(path: Path, content: dict) -> None:
-    seal = hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
-    with whole_file(path) as temporary:
-        temporary.write_text(json.dumps(content | {"digest": seal}, indent=1) + "\n")
-
-
-def load_json(path: Path) -> dict | None:
-    """What `write_json` wrote there; None where there is no such file.
-
-    Raises:
-        BadInput: it is not as it was written.
-    """
-    if not path.exists():
-        return None
-    try:
-        content = json.loads(path.read_text())
-        seal = content.pop("digest")
-        whole = seal == hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
-    except (OSError, ValueError, AttributeError, TypeError, KeyError):
-        whole = False
-    require(whole, f"{path} is not as it was written (by this version); remove it, or choose a new --out")
-    return content
-
-
-def save_tensors(path: Path, kind: str, tensors: dict[str, np.ndarray], metadata: dict) -> None:
-    """Write a safetensors file of one of our kinds."""
-    room = 512 + 2 * len(json.dumps(metadata)) + sum(200 + len(name) for name in tensors)
-    with save_rows(path, kind, None, (0, 0), tensors, metadata, room):
-        pass
-
-
-DTYPES = {"F64": np.float64, "F32": np.float32, "I64": np.int64, "I32": np.int32, "U8": np.uint8}  # safetensors' names
-
-
-@contextmanager
-def save_rows(
-    path: Path,
-    kind: str,
-    name: str | None,
-    shape: tuple[int, int],
-    columns: dict[str, np.ndarray],
-    metadata: dict,
-    room: int = 1 << 14,
-) -> Iterator[Callable[[np.ndarray], None]]:
-    """Stream the rows of one large float32 tensor (N, k) to a safetensors file, so that it never stands in memory.
-
-    Yields a function that takes the next rows (n, k). What the caller puts into `columns` and `metadata` meanwhile is
-    written after them. The format is an 8-byte header length, the header (JSON, padded with spaces), then the data. Our
-    entry `digest` covers all of it.
+@app.command(help=__doc__.splitlines()[0])
+def rollout(
+    out: Given,
+    model: Path = TOY / "model",
+    data: str = str(TOY / "train.jsonl"),
+    limit: MaybeCount = None,
+    samples: Count = 8,
+    temperature: Positive = 1.0,
+    max_tokens: Count = 8,
+    max_prompt_tokens: MaybeCount = None,
+    system: str | None = None,
+    chat: bool = True,
+    reward: Reward = "exact",
+    reward_seconds: Positive = 10.0,
+    max_errors: Annotated[float, typer.Option(min=0, max=1)] = 0.01,
+    engine: Engine = "auto",
+    gpu_memory: Share = 0.3,
+    dtype: Dtype = "auto",
+    batch_tokens: Count = 16384,
+    shard: Count = 512,
+    seed: Natural = 0,
+) -> None:
+    """The options are documented here, for all scripts that have them.
 
     Args:
-        room: bytes for the header.
+        out: Folder for the shards.
+        model: The policy: a model folder, or a name on the Hub.
+        data: jsonl, json, csv, parquet, or NAME[:CONFIG[:SPLIT]] on the Hub.
+        limit: Use only the first N rows of each source.
+        samples: K, completions per prompt.
+        temperature: The policy is softmax(logits / temperature).
+        max_tokens: Longest completion, in tokens.
+        max_prompt_tokens: Longer prompts are dropped.  [default: what the model has room for]
+        system: System prompt; '' for an empty one.  [default: the template's]
+        chat: Use the model's chat template, where it has one.
+        reward: exact, math, or FILE.py:FUNCTION in TRL's form.
+        reward_seconds: Time limit of a verdict.
+        max_errors: Stop if a larger share of verdicts fails.
+        engine: auto: vLLM where it is installed and CUDA is there.
+        gpu_memory: vLLM's share of the memory.
+        dtype: auto: bfloat16 on CUDA, else float32.
+        batch_tokens: Tokens in a batch, padding included; lower it for memory.
+        shard: Most prompts of a shard; small sets have smaller ones.
+        seed: Seed for all random numbers.
     """
-    names, room = {np.dtype(dtype): name for name, dtype in DTYPES.items()}, room + -room % 8
-    sha = hashlib.sha256()
-    with whole_file(path) as temporary, open(temporary, "wb") as file:
-
-        def write(values: np.ndarray) -> None:
-            data = np.ascontiguousarray(values).data
-            file.write(data)
-            sha.update(data)
-
-        file.write(bytes(room))
-        yield lambda rows: write(rows.astype(np.float32, copy=False))
-        end = 4 * shape[0] * shape[1]
-        about = {"cropi": json.dumps({"format": FORMAT, "kind": kind} | metadata), "digest": ""}
-        header = {"__metadata__": about} | ({name: _entry("F32", shape, 0, end)} if name else {})
-        for column, values in sorted(columns.items(), key=lambda item: -item[1].itemsize):  # each at a whole address
-            header[column] = _entry(names[values.dtype], values.shape, end, end := end + values.nbytes)
-            write(values)
-        header["__metadata__"]["digest"] = _seal(sha, header)
-        text = json.dumps(header).encode()
-        assert file.tell() == room + end and len(text) <= room - 8
-        file.seek(0)
-        file.write(struct.pack("<Q", room - 8) + text.ljust(room - 8))
+    o = SimpleNamespace(**locals())
+    rows, o.model = load_prompts(data, limit), model_folder(model)
+    check_out(out)
+    recipe = make_recipe("trajectories", CODE, vars(o), model=model_identity(o.model), data=rows.digest)
+    missing = missing_shards(out, recipe, len(rows), shard)
+    if missing:
+        make_shards(missing, rows, o)
+    barrier()
+    if missing and RANK == 0:
+        made = [peek(path)["facts"] for path in shard_paths(out, "trajectories")]
+        count = {name: sum(facts[name] for facts in made) for name in made[0] if name in COUNTS}
+        mean, cut = (count[name] / count["trajectories"] for name in ("reward", "truncated"))
+        said = f"{count['trajectories'] // samples} prompts x {samples}, mean reward {mean:.3f}, {count['live']} live"
+        failed = f", {count['errors']} verdict errors, {count['timeouts']} timeouts" if reward != "exact" else ""
+        say(f"{out}: {said} prompts, {cut:.1%} truncated{failed}")
 
 
-def _entry(dtype: str, shape: Sequence[int], start: int, end: int) -> dict:
-    return {"dtype": dtype, "shape": list(shape), "data_offsets": [start, end]}
+COUNTS = ("trajectories", "tokens", "reward", "truncated", "live", "errors", "timeouts")  # facts of a shard
 
 
-def _seal(sha: "hashlib._Hash", header: dict) -> str:
-    """Digest of a file's data, so far in `sha`, and of its header."""
-    about = header["__metadata__"] | {"digest": ""}
-    sha.update(json.dumps(header | {"__metadata__": about}).encode())
-    return sha.hexdigest()[:16]
-
-
-def open_tensors(path: Path, kind: str) -> tuple[dict[str, np.ndarray], dict]:
-    """Open one of our files: its tensors, mapped into memory and read from disk as they are sliced, and its metadata.
-
-    Raises:
-        BadInput: missing, cut short, changed, not safetensors, of another kind or another format version.
-    """
-    require(path.is_file(), f"{path}: no such file")
-    try:
-        with safe_open(path, framework="np") as file:  # checks that header and length agree
-            about = file.metadata() or {}
-        metadata = json.loads(about.get("cropi", "{}"))
-        with open(path, "rb") as file:
-            start = 8 + (length := struct.unpack("<Q", file.read(8))[0])
-            header = json.loads(file.read(length))
-            sha = hashlib.file_digest(file, "sha256")
-    except (OSError, SafetensorError, ValueError) as error:
-        raise BadInput(f"{path} is not a whole safetensors file ({error}); write it again") from None
-    found = f"{metadata.pop('kind', 'an unknown file')} ({metadata.pop('format', 'no format')})"
-    require(found == f"{kind} ({FORMAT})", f"{path} holds {found}, where {kind} ({FORMAT}) is needed")
-    require(about.get("digest") == _seal(sha, header), f"{path} is not as it was written; write it again")
-    tensors = {
-        name: np.memmap(path, DTYPES[entry["dtype"]], "r", start + entry["data_offsets"][0], tuple(entry["shape"]))
-        for name, entry in header.items()
-        if name != "__metadata__"
-    }
-    return tensors, metadata
-
-
-def differences(before: dict, now: dict) -> dict[str, str]:
-    """Where two dictionaries of dictionaries differ, in words: {"train.lr": "5e-05, now 0.0001"}."""
-
-    def flat(content: object, name: str = "") -> dict[str, object]:
-        if not isinstance(content, dict):
-            return {name[1:]: content}
-        return {key: value for part in content for key, value in flat(content[part], f"{name}.{part}").items()}
-
-    was, is_ = flat(json.loads(json.dumps(before))), flat(json.loads(json.dumps(now)))
-    names = [name for name in was | is_ if was.get(name) != is_.get(name)]
-    return {name: f"{was.get(name, 'unset')}, now {is_.get(name, 'unset')}" for name in names}
-
-
-def in_words(changes: dict[str, str]) -> str:
-    return " and ".join(f"{name} {change}" for name, change in changes.items())
-
-
-@contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """While the block runs, no other process gets the folder. The lock is the operating system's and dies with us."""
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        with FileLock(folder / ".lock", timeout=0):
-            yield
-    except Timeout:
-        raise BadInput(f"{folder}: another process is at work here; wait for it, or choose another --out") from None
-
-
-FREE = {"out", "save_every", "gpu_memory", "max_errors"}  # options that results do not depend on
-
-
-def settings_of(options: dict) -> dict:
-    """Of a script's options, given as its `locals()`, those that results depend on, with what `auto` stands for here.
-    Files count by their digests, which the caller has."""
-    found = {
-        name: value for name, value in options.items() if name not in FREE and not isinstance(value, Path | Source)
-    }
-    if "engine" in found:
-        found["engine"] = pick_engine(found["engine"])
-    if "dtype" in found:
-        found["dtype"] = str(pick_dtype(found["dtype"]))
-    if found.get("reward", "exact") not in REWARDS:
-        found["reward"] += f" ({digest(Path(found['reward'].rpartition(':')[0]))})"
-    return found | {"device": device().type}
-
-
-class Unfinished:
-    """Parts of a file that is being made, in a folder beside it, so that the same command goes on from there.
-
-    The folder is there from the first part that is saved to the end of the work. A part is a file of its own.
-
-    Args:
-        out: the file.
-        request: what it is made from; a folder that was begun with something else is refused.
-        every: seconds of work after which a part is saved.
-    """
-
-    later: ClassVar[list[Path] | None] = None  # folders that whoever calls a script removes in his own time
-
-    def __init__(self, out: Path, request: dict, every: float):
-        self.folder, self.request, self.every = self.folder_of(out), request, every
-        self.clock, self.seconds = time.monotonic(), 0.0  # since the last part; of work, up to it
-        self.seal = hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()[:16]
-        found = load_json(self.folder / "request.json")
-        different = differences(found, request) if found else {}
-        ways = f"choose another --out, or remove {self.folder}"
-        require(not different, f"{out} was begun with {in_words(different)}; {ways}")
-        self.parts = sorted(self.folder.glob("[0-9]*.safetensors")) if found else []
-
-    @staticmethod
-    def folder_of(out: Path) -> Path:
-        return out.with_name(f".{out.name}.unfinished")
-
-    @classmethod
-    def seconds_in(cls, out: Path, kind: str) -> float:
-        """Work that the parts of a file stand for."""
-        parts = sorted(cls.folder_of(out).glob("[0-9]*.safetensors"))
-        return open_tensors(parts[-1], kind)[1].get("seconds", 0.0) if parts else 0.0
-
-    def load(self, kind: str) -> list[tuple[dict[str, np.ndarray], dict]]:
-        """Tensors and metadata of the parts that are there."""
-        loaded = [open_tensors(path, kind) for path in self.parts]
-        for path, (_, metadata) in zip(self.parts, loaded, strict=True):
-            require(metadata.get("request") == self.seal, f"{path} is part of something else; remove {self.folder}")
-        if loaded:
-            self.seconds = loaded[-1][1]["seconds"]
-            tqdm.write(f"{self.folder}: goes on after {self.seconds:.1f} s of work")
-        return loaded
-
-    def due(self) -> bool:
-        """Is it time to save a part?"""
-        return bool(_asked) or time.monotonic() - self.clock >= self.every
-
-    def save(self, kind: str, tensors: dict[str, np.ndarray], metadata: dict, *, keep: bool = True) -> None:
-        """Save a part (in place of the one before it, unless `keep`); then end, if somebody asked for that."""
-        if not self.parts:
-            remove_folder(self.folder)  # parts without a request, perhaps
-            write_json(self.folder / "request.json", self.request)
-        path = self.folder / f"{len(self.parts) if keep else 0:06d}.safetensors"
-        self.seconds += time.monotonic() - self.clock
-        save_tensors(path, kind, tensors, metadata | {"seconds": self.seconds, "request": self.seal})
-        self.parts = [*self.parts, path] if keep else [path]
-        self.clock = time.monotonic()
-        safe_point()
-
-    def finish(self) -> None:
-        """The file is whole: away with its parts."""
-        if self.later is None:
-            remove_folder(self.folder)
-        else:
-            self.later.append(self.folder)
-
-
-def remove_folder(folder: Path) -> None:
-    """A folder, all at once: what is killed in between leaves all of it, or none under its name."""
-    if folder.exists():
-        gone = folder.with_name(f".{folder.name.lstrip('.')}.{os.getpid()}.old")
-        shutil.rmtree(gone, ignore_errors=True)
-        os.replace(folder, gone)
-        shutil.rmtree(gone)
+def make_shards(missing: list[tuple[Path, range, dict]], rows: Prompts, o: SimpleNamespace) -> None:
+    """Sample and write the shards (path, rows, recipe); `o` holds the options of `rollout`."""
+    clock = time.perf_counter()
+    policy, tokenizer = load_model(o.model, pick_dtype(o.dtype))
+    encoded = encode_prompts(tokenizer, rows, o.system, o.chat, o.data)
+    kept = set(fitting_prompts(o.data, encoded, policy, o.max_tokens, o.max_prompt_tokens))
+    engine = open_engine(o, policy, tokenizer)
+    allowed = max(1, o.max_errors * o.samples * len(kept))
+    for path, part, recipe in progress(missing, f"rollout {o.out.name}", "shard"):
+        picked = [i for i in part if i in kept]
+        seed = [o.seed, int(rows.digest, 16)]
+        trajectories = sample_prompts(engine, tokenizer, policy, rows, encoded, picked, o, seed, allowed)
+        allowed -= sum(trajectories.failed.values())
+        sums = [float(x.sum(dtype=np.float64)) for x in (trajectories.rewards, trajectories.truncated)]
+        counts = [trajectories.rewards.size, len(trajectories.tokens), *sums, len(trajectories.live())]
+        seconds, clock = time.perf_counter() - clock, time.perf_counter()
+        about = dict(zip(COUNTS, counts, strict=False)) | trajectories.failed | {"model": str(o.model), "data": o.data}
+        save(path, trajectories.tensors(), recipe, facts(seconds, **about))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Prompts and models
 
 
-class Source(str):
-    """Where prompts come from: a local jsonl, json, csv or parquet file, or NAME[:CONFIG[:SPLIT]] on the Hub, SPLIT as
-    `datasets` writes it, such as train[:1000]; or several of these, joined by +."""
-
-
 class Prompts(list):
     """Rows of a data set: dictionaries with `prompt` (a string, or chat messages), `answer` (a string) and what other
-    columns there are, for the reward function."""
+    columns there are, for the reward function. `digest` is that of the rows, wherever they came from."""
 
     digest: str
 
@@ -496,33 +293,30 @@ FILES = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"
 COLUMNS = {"prompt": ("prompt", "problem", "question"), "answer": ("answer", "solution", "reward_model.ground_truth")}
 
 
-def load_prompts(source: Source | str | Path, limit: int | None = None) -> Prompts:
-    """The rows of the data set, or its first `limit`; of several, joined by +, one after another.
+def load_prompts(source: str | Path, limit: int | None = None) -> Prompts:
+    """The rows of a data set, or its first `limit`; of several, joined by +, one after another.
 
+    Args:
+        source: a local jsonl, json, csv or parquet file, or NAME[:CONFIG[:SPLIT]] on the Hub, SPLIT as `datasets`
+            writes it, such as train[:1000]; or several of these, joined by +.
     Raises:
         BadInput: not there, not readable, or a row without prompt or answer.
     """
-    source = str(source)
-    parts = [source] if Path(source).exists() else source.split("+")
-    rows = Prompts()
-    digests = [] if limit is None else [str(limit)]
-    for part in parts:
+    rows, source = Prompts(), str(source)
+    for part in [source] if Path(source).exists() else source.split("+"):
         require(bool(part), f"{source!r}: no name of a data set before or after +")
         path = Path(part)
         local = path.suffix in FILES
         require(not local or path.is_file(), f"{path}: no such data file")
         require(local or not path.exists(), f"{path}: not one of {', '.join(FILES)}")
-        empty = local and path.stat().st_size < 100 and not path.read_bytes().strip()  # which datasets has no words for
+        empty = local and path.stat().st_size < 100 and not path.read_bytes().strip()  # datasets' own error is obscure
         require(not empty, f"{path}: no prompts in it")
-        if FILES.get(path.suffix) == "json":  # null, in place of an object, crashes the reader of pyarrow 26
+        if FILES.get(path.suffix) == "json":  # a null in place of an object crashes the reader of pyarrow 26
             with open(path, "rb") as file:
                 begins = file.read(100).removeprefix(b"\xef\xbb\xbf").lstrip()[:1]
             require(begins in (b"{", b"["), f"{path}: not JSON objects, one per line or in a list")
-        found = _load_rows(part, path.stat().st_mtime_ns if local else None)
-        text = None if local else json.dumps(found, default=str).encode()
-        digests.append(digest(path) if local else hashlib.sha256(text).hexdigest()[:16])
-        rows += found[:limit]
-    rows.digest = digests[0] if len(digests) == 1 else hashlib.sha256(" ".join(digests).encode()).hexdigest()[:16]
+        rows += _load_rows(part, path.stat().st_mtime_ns if local else None)[:limit]
+    rows.digest = digest(json.dumps(rows, sort_keys=True, default=str))
     return rows
 
 
@@ -532,7 +326,7 @@ def _load_rows(source: str, written: int | None) -> list[dict]:
 
     kind = FILES.get(Path(source).suffix)
     (datasets.disable_progress_bars if kind else datasets.enable_progress_bars)()  # a download may take long
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it says of errors is in the exception
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # its errors are in the exception
     if kind:
         columns = dict.fromkeys([name for names in COLUMNS.values() for name in names], str)  # 007 stays 007
         text = {"converters": columns} if kind == "csv" else {}
@@ -548,21 +342,17 @@ def _load_rows(source: str, written: int | None) -> list[dict]:
         reason = str(error.__cause__ or error).strip().partition("\n")[0]
         hint = "" if kind else "; a data set of the Hub is NAME[:CONFIG[:SPLIT]], a local one ends in .jsonl, .csv ..."
         raise BadInput(f"{source}: cannot load this data set ({reason}){hint}") from None
-    rows = []
     for number, row in enumerate(table, 1):
         for column, names in COLUMNS.items():
             value = next((v for v in (_look_up(row, name) for name in names) if v is not None), None)
             if column == "answer" and isinstance(value, int | float) and not isinstance(value, bool):
                 value = str(value)
-            whole = isinstance(value, str) or (column == "prompt" and _is_chat(value))
-            require(
-                bool(value) and whole,
-                f"{source}, row {number}: no {column!r}, or an empty one (looked for {', '.join(names)})",
-            )
+            usable = isinstance(value, str) or (column == "prompt" and _is_chat(value))
+            looked = f"(looked for {', '.join(names)})"
+            require(bool(value) and usable, f"{source}, row {number}: no {column!r}, or an empty one {looked}")
             row[column] = value
-        rows.append(row)
-    require(bool(rows), f"{source}: no prompts in it")
-    return rows
+    require(bool(table), f"{source}: no prompts in it")
+    return table
 
 
 def _look_up(row: dict, name: str) -> object:
@@ -584,7 +374,7 @@ def encode_prompts(
     """Token ids of the prompts, through the model's chat template where it has one, unless `chat` is false.
 
     Args:
-        system: system prompt; "" for an empty one, None for what the template does by itself.
+        system: system prompt; "" for an empty one, None for the template's default.
     Raises:
         BadInput: messages, or a system prompt, without a template.
     """
@@ -606,21 +396,30 @@ def encode_prompts(
             texts.append(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
         except TemplateError as error:  # Gemma's, for one, knows no system prompt
             raise BadInput(f"{source}, row {number}: the model's chat template refuses the prompt ({error})") from None
-    return tokenizer(texts, add_special_tokens=not template).input_ids  # a template brings them along
+    return tokenizer(texts, add_special_tokens=not template).input_ids  # a template has them already
 
 
-@functools.cache
-def device() -> torch.device:
-    """The accelerator, if there is one; said once."""
-    found = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    name = f" ({torch.cuda.get_device_name()})" if found == "cuda" else ""
-    tqdm.write(f"device: {found}{name}")
-    return torch.device(found)
+def fitting_prompts(
+    source: str,
+    encoded: Sequence[Sequence[int]],
+    policy: PreTrainedModel,
+    max_tokens: int,
+    max_prompt_tokens: int | None,
+) -> list[int]:
+    """Places of the prompts that have tokens, and not more than the model, or the option, has room for.
 
-
-def pick_dtype(dtype: str) -> torch.dtype:
-    """float32 or bfloat16; `auto` is bfloat16 on CUDA alone."""
-    return getattr(torch, {"cuda": "bfloat16"}.get(device().type, "float32") if dtype == "auto" else dtype)
+    Raises:
+        BadInput: there is none.
+    """
+    limit = getattr(policy.config, "max_position_embeddings", None) or sys.maxsize
+    longest = min(limit - max_tokens, max_prompt_tokens or limit)
+    fit = [i for i, ids in enumerate(encoded) if 0 < len(ids) <= longest]
+    count = f"{source}: {len(encoded) - len(fit)} of {len(encoded)} prompts dropped"
+    why = f"empty, or longer than {longest} tokens (the model's {limit} less --max-tokens {max_tokens}, or the option)"
+    require(bool(fit), f"{count}: {why}")
+    if len(fit) < len(encoded):
+        say(f"{count}: {why}")
+    return fit
 
 
 def model_folder(model: Path) -> Path:
@@ -642,13 +441,17 @@ def model_folder(model: Path) -> Path:
 
 
 def load_model(path: Path, dtype: torch.dtype = torch.float32) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A causal language model in evaluation mode (dropout off), on the device, with its tokenizer."""
+    """A causal language model in evaluation mode (dropout off), on the device, with its tokenizer.
+
+    Raises:
+        BadInput: no model, one that lacks weights, or one that train.py wrote and that has been changed since.
+    """
     require((path / "config.json").is_file(), f"{path}: no model folder here (it has no config.json)")
-    require(is_intact(path), f"{path}: not the model that was written here, a file has been changed; train it again")
-    try:  # weights as safetensors alone, and no code: neither can do anything but be wrong
+    model_identity(path, check=True)
+    try:  # weights from safetensors alone, and no code of the model's: neither can run anything
         safe = {"trust_remote_code": False}
         model, found = AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype, output_loading_info=True, use_safetensors=True, **safe
+            path, dtype=dtype, attn_implementation="sdpa", output_loading_info=True, use_safetensors=True, **safe
         )
         tokenizer = AutoTokenizer.from_pretrained(path, **safe)
     except (OSError, ValueError, KeyError, SafetensorError) as error:
@@ -657,12 +460,22 @@ def load_model(path: Path, dtype: torch.dtype = torch.float32) -> tuple[PreTrain
     return model.eval().to(device()), tokenizer
 
 
-def lineage(model: PreTrainedModel, path: Path) -> list[str]:
-    """Digests of this model and of those it was trained from (`train.py` notes them in config.json).
+@functools.cache
+def device() -> torch.device:
+    """This process's accelerator, if there is one; said once."""
+    if torch.cuda.is_available():
+        number = int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count()
+        say(f"device: cuda ({torch.cuda.get_device_name(number)})")
+        torch.cuda.set_device(number)
+        return torch.device("cuda", number)
+    kind = "mps" if torch.backends.mps.is_available() else "cpu"
+    say(f"device: {kind}")
+    return torch.device(kind)
 
-    Trajectories belong to a model if they were sampled by one of these: off-policy, but not foreign.
-    """
-    return [*getattr(model.config, "cropi_ancestors", []), digest(path)]
+
+def pick_dtype(dtype: str) -> torch.dtype:
+    """float32 or bfloat16; `auto` is bfloat16 on CUDA alone."""
+    return getattr(torch, {"cuda": "bfloat16"}.get(device().type, "float32") if dtype == "auto" else dtype)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -767,30 +580,35 @@ MORE = re.compile(r"\b(and|or|half|third|quarter|dozen|hundred|thousand|million|
 
 
 @functools.cache
-def load_reward(reward: str) -> Callable[..., list[float]]:
-    """One of REWARDS, or FILE.py:FUNCTION, which runs that file.
+def _load_file(path: str, written: int, name: str) -> object:
+    spec = importlib.util.spec_from_file_location("file_of_the_user", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return getattr(module, name, None)
+
+
+def load_function(text: str, builtin: dict[str, Callable], kind: str) -> Callable:
+    """A built-in reward or selector by its name, or FILE.py:FUNCTION, which runs that file.
 
     Raises:
         BadInput: there is no such function, or the file does not run.
     """
-    if reward in REWARDS:
-        return REWARDS[reward]
-    path, colon, name = reward.rpartition(":")
-    require(bool(colon), f"no reward {reward!r}; it is one of {', '.join(REWARDS)} or FILE.py:FUNCTION")
-    require(Path(path).is_file(), f"reward {reward!r}: no file {path}")
-    spec = importlib.util.spec_from_file_location("reward_of_the_user", path)
-    module = importlib.util.module_from_spec(spec)
+    if text in builtin:
+        return builtin[text]
+    path, colon, name = text.rpartition(":")
+    require(bool(colon), f"no {kind} {text!r}; it is one of {', '.join(builtin)} or FILE.py:FUNCTION")
+    require(Path(path).is_file(), f"{kind} {text!r}: no file {path}")
     try:
-        spec.loader.exec_module(module)
+        function = _load_file(path, Path(path).stat().st_mtime_ns, name)
     except Exception as error:
-        raise BadInput(f"reward {reward!r}: {path} does not run ({type(error).__name__}: {error})") from None
-    require(callable(getattr(module, name, None)), f"reward {reward!r}: {path} has no function {name}")
-    return getattr(module, name)
+        raise BadInput(f"{kind} {text!r}: {path} does not run ({type(error).__name__}: {error})") from None
+    require(callable(function), f"{kind} {text!r}: {path} has no function {name}")
+    return function
 
 
 def known_reward(reward: str) -> str:
     """Check of the option `--reward`."""
-    load_reward(reward)
+    load_function(reward, REWARDS, "reward")
     return reward
 
 
@@ -801,7 +619,7 @@ def verify(
     *,
     seconds: float = 10.0,
     allowed: float | None = None,
-) -> tuple[np.ndarray, dict[str, int]]:
+) -> tuple[Array, dict[str, int]]:
     """Rewards (M,) float32 of M completions, `rows[m]` being the data row of completion m, and counts of the verdicts
     that could not be had, whose reward is 0: `errors` (an exception, a killed process) and `timeouts`.
 
@@ -814,35 +632,30 @@ def verify(
     Raises:
         BadInput: more failed, or the function returned another number of values, or one that is not finite.
     """
-    counts, last = {"errors": 0, "timeouts": 0}, ""
+    counts, last = {"errors": 0, "timeouts": 0}, "a timeout"
     allowed = max(1, 0.01 * len(rows)) if allowed is None else allowed
-    tasks = list(zip(rows, completions, strict=True))
     if reward == "exact":
-        return np.array([_verdict(reward, *task)[0] for task in tasks], np.float32), counts
+        verdicts = [_verdict(reward, *task)[0] for task in zip(rows, completions, strict=True)]
+        return np.array(verdicts, np.float32), counts
     verdicts = np.zeros(len(rows), np.float32)
-    futures = [workers().schedule(_verdict, (reward, *task), timeout=seconds) for task in tasks]
+    futures = [
+        workers().schedule(_verdict, (reward, *task), timeout=seconds) for task in zip(rows, completions, strict=True)
+    ]
     for m, future in enumerate(tqdm(futures, desc="verify", unit="verdict", leave=False, delay=5, disable=None)):
         try:
             values = future.result()
         except Exception as error:  # whatever a reward function may raise; pebble's ProcessExpired where it died
-            safe_point()  # whoever asked us to end may have killed the workers
-            late = isinstance(error, TimeoutError)
-            counts["timeouts" if late else "errors"] += 1
-            last = last if late else f"; the last error was {type(error).__name__}: {error}"
-            if sum(counts.values()) > allowed:
-                for left in futures[m + 1 :]:
-                    left.cancel()
-                said = ", ".join(f"{count} {name}" for name, count in counts.items())
-                raise BadInput(
-                    f"reward {reward!r}: {said} in {m + 1} of {len(rows)} verdicts, more than --max-errors{last}"
-                ) from None
-            continue
+            counts["timeouts" if isinstance(error, TimeoutError) else "errors"] += 1
+            last = last if isinstance(error, TimeoutError) else f"{type(error).__name__}: {error}"
+            if sum(counts.values()) <= allowed:
+                continue
+            for left in futures[m + 1 :]:
+                left.cancel()
+            said = f"{counts['errors']} errors, {counts['timeouts']} timeouts in {m + 1} of {len(rows)} verdicts"
+            raise BadInput(f"reward {reward!r}: {said}, more than --max-errors; the last error was {last}") from None
         number = isinstance(values, Sequence) and len(values) == 1 and isinstance(values[0], int | float | np.number)
-        whole = number and np.isfinite(values[0])
-        require(
-            bool(whole),
-            f"reward {reward!r} returned {values!r:.80} for one completion, not a list of one finite number",
-        )
+        wrong = f"reward {reward!r} returned {values!r:.80} for one completion, not a list of one finite number"
+        require(bool(number and np.isfinite(values[0])), wrong)
         verdicts[m] = values[0]
     return verdicts, counts
 
@@ -852,11 +665,11 @@ def _verdict(reward: str, row: dict, text: str) -> list[float]:
     chat = isinstance(row["prompt"], list)  # then TRL passes completions as messages, too
     columns = {column: [value] for column, value in row.items() if column != "prompt"}
     completion = [{"role": "assistant", "content": text}] if chat else text
-    return load_reward(reward)(prompts=[row["prompt"]], completions=[completion], **columns)
+    return load_function(reward, REWARDS, "reward")(prompts=[row["prompt"]], completions=[completion], **columns)
 
 
 @functools.cache
-def workers() -> "ProcessPool":
+def workers() -> ProcessPool:
     """Processes that compute verdicts, started once and kept; one that is stuck is killed and replaced."""
     context = multiprocessing.get_context("spawn")  # a fork would copy CUDA's state, and locked locks of threads
     pool = ProcessPool(min(8, os.cpu_count() or 1), context=context, initializer=_start_worker)
@@ -866,7 +679,6 @@ def workers() -> "ProcessPool":
 
 def _start_worker() -> None:
     """Importing this module, and math-verify's grammar, takes seconds, which are not the first verdict's."""
-    os.setsid()  # signals to the whole group, such as Ctrl-C, are the main process's to answer
     logging.getLogger("math_verify").setLevel("ERROR")  # it warns that its time limits are off
     same_answer("1", "2")
 
@@ -880,8 +692,8 @@ def _start_worker() -> None:
 
 @dataclass
 class Completion:
-    tokens: np.ndarray  # (C,) int32, the end token included
-    logps: np.ndarray  # (C,) float32, under the tempered policy that sampled it
+    tokens: Array  # (C,) int32, the end token included
+    logps: Array  # (C,) float32, under the tempered policy that sampled it
     truncated: bool
 
 
@@ -898,10 +710,6 @@ class TransformersEngine:
         require(ends is not None, "neither generation_config.json nor the tokenizer names an end token (eos_token)")
         self.end_tokens = torch.tensor(ends, device=model.device).reshape(-1)
 
-    def batches(self, prompts: Sequence[Sequence[int]], samples: int, max_tokens: int) -> list[list[int]]:
-        """The prompts, by place, in the batches that `generate` makes of them."""
-        return list(pack([(len(p) + max_tokens, 0) for p in prompts], samples, self.batch_tokens))
-
     def generate(
         self,
         prompts: Sequence[Sequence[int]],
@@ -916,23 +724,23 @@ class TransformersEngine:
 
         Args:
             prompts: token ids.
-            prompt_index: what each prompt is called; with `seed` it determines the prompt's random numbers.
+            prompt_index: each prompt's number; with `seed` it determines the prompt's random numbers.
             max_tokens: longest completion, in tokens, the end token included.
         Raises:
             BadInput: NaN or infinity in the logits.
         """
-        done: list[list[Completion]] = [[] for _ in prompts]
-        for batch in self.batches(prompts, samples, max_tokens):
+        groups: list[list[Completion]] = [[] for _ in prompts]
+        for batch in pack([(len(p) + max_tokens, 0) for p in prompts], samples, self.batch_tokens):
             indices = [prompt_index[i] for i in batch]
             uniforms = [np.random.default_rng([*seed, i]).random((samples, max_tokens), np.float32) for i in indices]
             completions = self._generate([prompts[i] for i in batch], indices, np.stack(uniforms), temperature)
             for j, i in enumerate(batch):
-                done[i] = completions[j * samples : (j + 1) * samples]
-        return done
+                groups[i] = completions[j * samples : (j + 1) * samples]
+        return groups
 
     @torch.inference_mode()
     def _generate(
-        self, prompts: list[Sequence[int]], prompt_index: list[int], uniforms: np.ndarray, temperature: float
+        self, prompts: list[Sequence[int]], prompt_index: list[int], uniforms: Array, temperature: float
     ) -> list[Completion]:
         """One batch: P prompts, uniforms (P, K, C) in [0, 1), one for each token that may be sampled."""
         device = self.model.device
@@ -974,7 +782,7 @@ class TransformersEngine:
     def sync(self, policy: PreTrainedModel) -> None:
         """Nothing to do: it is the policy itself that samples."""
 
-    def check(self, policy: PreTrainedModel, trajectories: "Trajectories", temperature: float) -> None:
+    def check(self, policy: PreTrainedModel, trajectories: Trajectories, temperature: float) -> None:
         """Nothing to do."""
 
 
@@ -999,39 +807,28 @@ class VllmEngine:
             require(head in sizes, f"{folder}: attention heads of {head}; vLLM on a CPU has {sizes}; use --engine hf")
         if self.sleeps:
             torch.cuda.empty_cache()  # vLLM asks for free memory at the start; torch keeps what it has used
-        multiprocessing.resource_tracker.ensure_running()  # now, since it would let signals through again
-        # Ctrl-C is ours to answer: the engine's processes inherit what is blocked here
-        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-        try:
-            self.llm = LLM(
-                model=str(folder),
-                dtype=str(dtype).removeprefix("torch."),
-                gpu_memory_utilization=memory,
-                logprobs_mode="processed_logprobs",  # of the tempered policy that samples
-                enable_sleep_mode=self.sleeps,
-                enforce_eager=not self.sleeps,  # no CUDA graphs to capture
-                seed=seed,
-            )
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
-        self.rest()
+        self.llm = LLM(
+            model=str(folder),
+            dtype=str(dtype).removeprefix("torch."),
+            gpu_memory_utilization=memory,
+            logprobs_mode="processed_logprobs",  # of the tempered policy that samples
+            enable_sleep_mode=self.sleeps,
+            enforce_eager=not self.sleeps,  # no CUDA graphs to capture
+            seed=seed,
+        )
+        self.wake(False)
 
-    def close(self) -> None:
-        """End the engine's process, so that its memory is free at once."""
-        self.llm.llm_engine.engine_core.shutdown()
-
-    def rest(self) -> None:
-        if self.sleeps:
-            self.llm.sleep(level=1)  # weights to the host's memory, the KV cache away
-
-    def rise(self) -> None:
-        if self.sleeps and self.llm.llm_engine.is_sleeping():
+    def wake(self, awake: bool) -> None:
+        """On CUDA: weights to the device and room for the KV cache; or weights to the host's memory, the cache away."""
+        if self.sleeps and awake and self.llm.llm_engine.is_sleeping():
             torch.cuda.empty_cache()
             self.llm.wake_up()
+        elif self.sleeps and not awake:
+            self.llm.sleep(level=1)
 
     def load(self, folder: Path) -> None:
         """Take over the weights in a model folder."""
-        self.rise()
+        self.wake(True)
         self.llm.collective_rpc("reload_weights", kwargs={"weights_path": str(folder)})
         self.llm.reset_prefix_cache()  # keys and values of the weights before
 
@@ -1044,70 +841,50 @@ class VllmEngine:
             policy.save_pretrained(folder, state_dict=weights)
             self.load(Path(folder))
 
-    def batches(self, prompts: Sequence[Sequence[int]], samples: int, max_tokens: int) -> list[list[int]]:
-        """Thousands of completions at a time, since what vLLM returns takes much memory."""
-        step = max(1, 8192 // samples)
-        return [list(range(start, min(start + step, len(prompts)))) for start in range(0, len(prompts), step)]
-
     def generate(
-        self,
-        prompts: Sequence[Sequence[int]],
-        prompt_index: Sequence[int],
-        *,
-        samples: int,
-        max_tokens: int,
-        temperature: float,
-        seed: Sequence[int],
+        self, prompts: Sequence, prompt_index: Sequence[int], *, samples: int, max_tokens: int, temperature: float, **_
     ) -> list[list[Completion]]:
-        """As that of TransformersEngine, but for `seed`: what vLLM samples is not repeatable."""
+        """As that of TransformersEngine, but for `seed`: vLLM's samples are not repeatable."""
         from vllm import SamplingParams
 
-        self.rise()
-        options = SamplingParams(
-            n=samples, temperature=temperature, max_tokens=max_tokens, top_p=1.0, top_k=-1, detokenize=False,
-            logprobs=0, flat_logprobs=True,  # those of the sampled tokens alone
-        )  # fmt: skip
+        self.wake(True)
+        options = {"n": samples, "temperature": temperature, "max_tokens": max_tokens, "top_p": 1.0, "top_k": -1}
+        options |= {"detokenize": False, "logprobs": 0, "flat_logprobs": True}  # of the sampled tokens alone
+        inputs = [{"prompt_token_ids": list(map(int, prompt))} for prompt in prompts]
         groups = []
-        for batch in self.batches(prompts, samples, max_tokens):
-            inputs = [{"prompt_token_ids": list(map(int, prompts[i]))} for i in batch]
-            for request in self.llm.generate(inputs, options, use_tqdm=False):
-                groups.append([self._completion(sampled) for sampled in request.outputs])
-        self.rest()
-        for i, group in zip(prompt_index, groups, strict=True):
-            finite = all(np.isfinite(c.logps).all() for c in group)
-            require(finite, f"logits are not finite at prompt {i}")
+        requests = self.llm.generate(inputs, SamplingParams(**options), use_tqdm=False)
+        for i, request in zip(prompt_index, requests, strict=True):
+            groups.append([])
+            for sampled in request.outputs:
+                ids, logps = np.array(sampled.token_ids, np.int32), np.array(sampled.logprobs.logprobs, np.float32)
+                ended = sampled.finish_reason in ("stop", "length")
+                if not ended or list(sampled.logprobs.token_ids) != list(sampled.token_ids):
+                    raise RuntimeError(f"vLLM ended a completion with {sampled.finish_reason!r}")
+                require(bool(np.isfinite(logps).all()), f"logits are not finite at prompt {i}")
+                groups[-1].append(Completion(ids, logps, sampled.finish_reason == "length"))
+        self.wake(False)
         return groups
 
-    def _completion(self, sampled) -> Completion:
-        """Of vLLM's CompletionOutput; its flat log-probs hold one for each token, that of the token."""
-        logps = sampled.logprobs
-        assert list(logps.token_ids) == list(sampled.token_ids)
-        if sampled.finish_reason not in ("stop", "length"):  # aborted, as on a signal
-            safe_point()
-            raise RuntimeError(f"vLLM ended a completion with {sampled.finish_reason!r}")
-        cut = sampled.finish_reason == "length"
-        return Completion(np.array(sampled.token_ids, np.int32), np.array(logps.logprobs, np.float32), cut)
-
     @torch.inference_mode()
-    def check(self, policy: PreTrainedModel, trajectories: "Trajectories", temperature: float) -> None:
+    def check(self, policy: PreTrainedModel, trajectories: Trajectories, temperature: float) -> None:
         """Compare the log-probs of a few completions with the policy's own, computed in the plainest way.
 
         Raises:
             BadInput: they differ by more than TOLERANCE in the mean: the engine samples from other weights.
         """
-        differences = []
-        for m in np.linspace(0, len(trajectories.rewards) - 1, 8).round().astype(int):
-            start, length = trajectories.offsets[m], trajectories.prompt_length[m]
-            ids = torch.from_numpy(trajectories.tokens[start : trajectories.offsets[m + 1]].astype(np.int64))
+        changes = []
+        for m in np.linspace(0, trajectories.rewards.size - 1, 8).round().astype(int):
+            n, k = divmod(int(m), trajectories.samples)
+            prompt, span = trajectories.prompt(n), trajectories.span(n, k)
+            ids = torch.from_numpy(np.concatenate([prompt, trajectories.tokens[span]]).astype(np.int64))
             ids = ids.to(policy.device)[None]  # (1, L + C)
-            logits = policy(input_ids=ids[:, :-1], use_cache=False).logits[0, length - 1 :]  # (C, V)
-            logps = torch.log_softmax(logits.float() / temperature, -1).gather(1, ids[0, length:, None])[:, 0]
-            span = slice(*trajectories.logp_offsets[m : m + 2])
-            differences.append(np.abs(trajectories.behavior_logps[span] - logps.cpu().numpy()))
-        found, allowed = float(np.concatenate(differences).mean()), TOLERANCE[self.dtype]
+            logits = policy(input_ids=ids[:, :-1], use_cache=False).logits[0, len(prompt) - 1 :]  # (C, V)
+            logps = torch.log_softmax(logits.float() / temperature, -1).gather(1, ids[0, len(prompt) :, None])[:, 0]
+            changes.append(np.abs(trajectories.behavior_logps[span] - logps.cpu().numpy()))
+        change, allowed = float(np.concatenate(changes).mean()), TOLERANCE[self.dtype]
         require(
-            found <= allowed,
-            f"vLLM does not sample from the policy: log-probs differ by {found:.2g} in the mean, not {allowed:g}. "
+            change <= allowed,
+            f"vLLM does not sample from the policy: log-probs differ by {change:.2g} in the mean, not {allowed:g}. "
             "Are its weights stale? (Tied embeddings do not follow on a CPU.) --engine hf needs no sync",
         )
 
@@ -1129,32 +906,25 @@ def pick_engine(engine: str) -> str:
 
 def close_engine() -> None:
     while _vllm:
-        _vllm.popitem()[1].close()
+        _vllm.popitem()[1].llm.llm_engine.engine_core.shutdown()  # its process ends, so its memory is free at once
 
 
 def open_engine(
-    engine: str,
-    folder: Path,
-    policy: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    batch_tokens: int,
-    dtype: torch.dtype,
-    gpu_memory: float,
-    seed: int,
+    o: SimpleNamespace, policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> TransformersEngine | VllmEngine:
-    """The engine, with the weights of `folder`, which `policy` has too. vLLM is started once in a process."""
-    if pick_engine(engine) == "hf":
-        return TransformersEngine(policy, tokenizer, batch_tokens)
-    config = policy.config.to_dict() | {"cropi_ancestors": None, "_name_or_path": None, "dtype": None}
-    kind = (json.dumps(config, sort_keys=True, default=str), dtype, gpu_memory)
+    """The engine that the options `o` ask for (engine, dtype, batch_tokens, gpu_memory, seed), with the weights of the
+    folder `o.model`, which `policy` has too. vLLM is started once in a process."""
+    if pick_engine(o.engine) == "hf":
+        return TransformersEngine(policy, tokenizer, o.batch_tokens)
+    shape, dtype = policy.config, pick_dtype(o.dtype)
+    kind = (json.dumps(shape.to_dict() | {"_name_or_path": None, "dtype": None}, default=str), dtype, o.gpu_memory)
     if kind in _vllm:
-        _vllm[kind].load(folder)
+        _vllm[kind].load(o.model)
     else:
         close_engine()
-        shape = policy.config
         head = getattr(shape, "head_dim", None) or shape.hidden_size // shape.num_attention_heads
-        _vllm[kind] = VllmEngine(folder, head, dtype, gpu_memory, seed)
+        _vllm[kind] = VllmEngine(o.model, head, dtype, o.gpu_memory, o.seed)
+        atexit.register(close_engine)  # only now: it must run before multiprocessing waits for vLLM's process to end
     return _vllm[kind]
 
 
@@ -1176,20 +946,16 @@ def pack(sizes: Sequence[tuple[int, int]], samples: int, batch_tokens: int) -> I
         yield batch
 
 
-def pad_left(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+def pad_left(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
     """Token ids (B, L) and mask (B, L), int64, of sequences that all end in the last column."""
-    width = max(map(len, rows))
-    ids = torch.zeros(len(rows), width, dtype=torch.long)
-    mask = torch.zeros_like(ids)
-    for i, row in enumerate(rows):
-        ids[i, width - len(row) :] = torch.tensor(row)
-        mask[i, width - len(row) :] = 1
-    return ids.to(device), mask.to(device)
+    ids = [torch.tensor(row, dtype=torch.long) for row in rows]
+    pad = functools.partial(pad_sequence, batch_first=True, padding_side="left")
+    return pad(ids).to(device), pad([torch.ones_like(row) for row in ids]).to(device)
 
 
 def prefill(
-    model: PreTrainedModel, ids: torch.Tensor, mask: torch.Tensor, samples: int
-) -> tuple[torch.Tensor, DynamicCache, torch.Tensor, torch.Tensor]:
+    model: PreTrainedModel, ids: Tensor, mask: Tensor, samples: int
+) -> tuple[Tensor, DynamicCache, Tensor, Tensor]:
     """Compute each of P prompts (P, L) once for its K completions.
 
     Returns:
@@ -1211,258 +977,337 @@ def prefill(
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Trajectories
+# Shared by all five scripts. Skip this section on first reading.
+# ---------------------------------------------------------------------------------------------------------------------
+# Bad input
 
 
-@dataclass
-class Trajectories:
-    """What a trajectory file holds (shapes at the head of this file)."""
-
-    tokens: np.ndarray
-    offsets: np.ndarray
-    prompt_length: np.ndarray
-    behavior_logps: np.ndarray
-    rewards: np.ndarray
-    prompt_index: np.ndarray
-    truncated: np.ndarray
-    metadata: dict
-
-    def __post_init__(self):
-        self.completion_length = np.diff(self.offsets) - self.prompt_length  # (M,)
-        self.logp_offsets = np.concatenate([[0], np.cumsum(self.completion_length)])  # (M+1,) into behavior_logps
-        starts = np.flatnonzero(np.diff(self.prompt_index, prepend=-1))
-        self.bounds = np.append(starts, len(self.prompt_index))  # (N+1,) group n is rows bounds[n]:bounds[n+1]
-
-    def prompt(self, m: int) -> np.ndarray:
-        return self.tokens[self.offsets[m] : self.offsets[m] + self.prompt_length[m]]
-
-    def groups(self) -> dict[int, range]:
-        """prompt_index -> rows of its K trajectories, which stand side by side."""
-        return {int(self.prompt_index[a]): range(a, b) for a, b in itertools.pairwise(self.bounds.tolist())}
-
-    def group_of(self, row: int) -> range:
-        """Rows of the whole group that a trajectory belongs to."""
-        n = np.searchsorted(self.bounds, row, side="right")
-        return range(*self.bounds[n - 1 : n + 1].tolist())
-
-    def live_groups(self) -> dict[int, range]:
-        """The groups whose rewards differ. In all others every advantage, so the gradient, is exactly 0."""
-        return {i: rows for i, rows in self.groups().items() if np.ptp(self.rewards[rows.start : rows.stop]) > 0}
-
-    def pass_rates(self) -> dict[int, float]:
-        """prompt_index -> mean reward of its trajectories."""
-        return {i: float(self.rewards[rows.start : rows.stop].mean()) for i, rows in self.groups().items()}
+class BadInput(Exception):
+    """The user can mend this: one line that names the thing and the way out, exit code 2, nothing overwritten."""
 
 
-def sample_trajectories(
-    engine: TransformersEngine | VllmEngine,
-    tokenizer: PreTrainedTokenizerBase,
-    rows: Sequence[dict],
-    prompt_index: Sequence[int],
-    reward: str,
-    *,
-    policy: PreTrainedModel | None = None,
-    prompts: Sequence[Sequence[int]] | None = None,
-    verdicts: dict | None = None,
-    **sampling,
-) -> Trajectories:
-    """K verified trajectories for each of N prompts; `rows[n]` has the index `prompt_index[n]`.
-
-    Args:
-        policy: what the engine should sample from, for its `check`.
-        prompts: token ids, where they are known.
-        verdicts: options of `verify`; its counts are the metadata of what is returned.
-        sampling: goes to the engine: samples, max_tokens, temperature, seed, progress.
-    """
-    prompts = encode_prompts(tokenizer, rows) if prompts is None else prompts
-    groups = engine.generate(prompts, prompt_index, **sampling)
-    samples = sampling["samples"]
-    completions = [c for group in groups for c in group]  # (M,)
-    texts = tokenizer.batch_decode([c.tokens for c in completions], skip_special_tokens=True)
-    prompt_length = np.repeat(np.array([len(p) for p in prompts], np.int32), samples)
-    lengths = prompt_length + np.array([len(c.tokens) for c in completions])
-    pieces = [piece for p, group in zip(prompts, groups, strict=True) for c in group for piece in (p, c.tokens)]
-    trajectories = Trajectories(
-        tokens=np.concatenate(pieces).astype(np.int32),
-        offsets=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
-        prompt_length=prompt_length,
-        behavior_logps=np.concatenate([c.logps for c in completions]).astype(np.float32),
-        rewards=np.zeros(len(completions), np.float32),
-        prompt_index=np.repeat(np.asarray(prompt_index, np.int32), samples),
-        truncated=np.array([c.truncated for c in completions], np.uint8),
-        metadata={},
-    )
-    if policy is not None:
-        engine.check(policy, trajectories, sampling["temperature"])
-    rows = [row for row in rows for _ in range(samples)]  # (M,)
-    trajectories.rewards, trajectories.metadata = verify(reward, rows, texts, **(verdicts or {}))
-    return trajectories
+def require(condition: bool, message: str) -> None:
+    if not condition:
+        raise BadInput(message)
 
 
-def join_trajectories(parts: Sequence[Trajectories], order: Sequence[int]) -> Trajectories:
-    """The groups of several, in the order of the given prompt indices."""
-    place = {i: (part, rows) for part in parts for i, rows in part.groups().items()}
-    pieces = [place[i] for i in order]
-
-    def gather(name: str, bounds: str | None = None) -> np.ndarray:
-        cuts = [
-            (getattr(part, bounds)[[rows.start, rows.stop]] if bounds else (rows.start, rows.stop))
-            for part, rows in pieces
-        ]
-        return np.concatenate([getattr(part, name)[a:b] for (part, _), (a, b) in zip(pieces, cuts, strict=True)])
-
-    lengths = np.concatenate([np.diff(part.offsets)[rows.start : rows.stop] for part, rows in pieces])
-    return Trajectories(
-        tokens=gather("tokens", "offsets"),
-        offsets=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
-        behavior_logps=gather("behavior_logps", "logp_offsets"),
-        metadata={name: sum(part.metadata[name] for part in parts) for name in ("errors", "timeouts")},
-        **{name: gather(name) for name in ("prompt_length", "rewards", "prompt_index", "truncated")},
-    )
+def above_zero(value: float | None) -> float | None:
+    """Check of an option, where typer's own `min` would let 0 and nan through."""
+    if value is not None and not 0 < value < float("inf"):
+        raise typer.BadParameter(f"{value} is not above 0")
+    return value
 
 
-TENSORS = ("tokens", "offsets", "prompt_length", "behavior_logps", "rewards", "prompt_index", "truncated")
+def command_line(app: typer.Typer) -> None:
+    """Run a script's command line. Bad input, usage errors too, becomes one line; a bug keeps its traceback."""
+    command = typer.main.get_command(app)
+    for each in [command, *getattr(command, "commands", {}).values()]:
+        texts = dict(re.findall(r"^ {8}(\w+): (.*)", f"{rollout.__doc__}\n{each.callback.__doc__}", re.M))
+        for option in each.params:
+            option.help = texts.get(option.name, option.help)
+    try:
+        with command.make_context(Path(sys.argv[0]).name, sys.argv[1:]) as context:
+            command.invoke(context)
+        return
+    except typer.Exit as ended:  # --help
+        sys.exit(ended.exit_code)
+    except KeyboardInterrupt:
+        message, code = f"interrupted; the same command resumes: {shlex.join(['python', *sys.argv])}", 130
+    except typer.BadParameter.__base__ as error:  # unknown and missing options, too
+        message, code = f"error: {error.format_message()}", 2
+    except BadInput as error:
+        message, code = f"error: {error}", 2
+    print(*message.split(), file=sys.stderr)  # one line, whatever a library has said
+    sys.exit(code)
 
 
-def open_trajectories(path: Path) -> Trajectories:
-    tensors, metadata = open_tensors(path, "trajectories")
-    return Trajectories(**tensors, metadata=metadata)
+# Types of options; typer takes a bare parameter without a default for an argument
+Given, GivenText = Annotated[Path, typer.Option()], Annotated[str, typer.Option()]
+Count, MaybeCount = Annotated[int, typer.Option(min=1)], Annotated[int | None, typer.Option(min=1)]
+Natural = Annotated[int, typer.Option(min=0)]
+Positive = Annotated[float, typer.Option(callback=above_zero)]
+Weight = Annotated[float, typer.Option(min=0)]
+Share = Annotated[float, typer.Option(callback=above_zero, max=1)]
+Reward = Annotated[str, typer.Option(callback=known_reward)]
+Engine, Dtype = Literal["auto", "hf", "vllm"], Literal["auto", "float32", "bfloat16"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The command
+# Processes, started by torchrun. Rank r of w makes the shards r, r+w, ... One process is rank 0 of 1.
 
-app = new_app()
-
-# Options that other scripts have as well.
-Data = Annotated[
-    Source, typer.Option(parser=Source, help="jsonl, json, csv, parquet, or NAME[:CONFIG[:SPLIT]] on the Hub.")
-]
-Limit = Annotated[int | None, typer.Option(min=1, help="Use only the first so many rows of each source.")]
-Temperature = Annotated[float, typer.Option(callback=above_zero, help="The policy is softmax(logits / temperature).")]
-MaxTokens = Annotated[int, typer.Option(min=1, help="Longest completion, in tokens.")]
-MaxPromptTokens = Annotated[
-    int | None, typer.Option(min=1, help="Longer prompts are dropped.  [default: what the model has room for]")
-]
-System = Annotated[str | None, typer.Option(help="System prompt; '' for an empty one.  [default: the template's]")]
-Chat = Annotated[bool, typer.Option("--chat/--no-chat", help="Use the model's chat template, where it has one.")]
-Reward = Annotated[str, typer.Option(callback=known_reward, help="exact, math, or FILE.py:FUNCTION in TRL's form.")]
-RewardSeconds = Annotated[float, typer.Option(callback=above_zero, help="Time limit of a verdict.")]
-MaxErrors = Annotated[float, typer.Option(min=0, max=1, help="Stop if a larger share of verdicts fails.")]
-Engine = Annotated[
-    Literal["auto", "hf", "vllm"], typer.Option(help="auto: vLLM where it is installed and CUDA is there.")
-]
-GpuMemory = Annotated[float, typer.Option(callback=above_zero, max=1, help="vLLM's share of the memory.")]
-Dtype = Annotated[Literal["auto", "float32", "bfloat16"], typer.Option(help="auto: bfloat16 on CUDA, else float32.")]
-BatchTokens = Annotated[int, typer.Option(min=1, help="Tokens in a batch, padding included; lower it for memory.")]
-Seed = Annotated[int, typer.Option(min=0, help="Of everything random here.")]
-SaveEvery = Annotated[float, typer.Option(min=0, help="Seconds after which unfinished work is saved, to go on from.")]
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
-def fitting_prompts(
-    source: str,
-    encoded: Sequence[Sequence[int]],
-    policy: PreTrainedModel,
-    max_tokens: int,
-    max_prompt_tokens: int | None,
-) -> list[int]:
-    """Indices of the prompts that have tokens, and not more than the model, or the option, has room for.
+def barrier() -> None:
+    """Wait until all processes are here."""
+    if WORLD > 1:
+        if not dist.is_initialized():
+            dist.init_process_group("gloo", timeout=timedelta(days=30))  # a stage of training may take that long
+            atexit.register(dist.destroy_process_group)
+        dist.barrier()
+
+
+def say(text: str) -> None:
+    """Print once, above the progress bars."""
+    if RANK == 0:
+        tqdm.write(text)
+
+
+def progress(items: Iterable, label: str, unit: str, done: int = 0, total: int | None = None) -> tqdm:
+    """A progress bar over the items of this process, on a terminal."""
+    total = done + len(items) if total is None else total
+    off = True if RANK else None
+    return tqdm(items, label, total, initial=done, unit=unit, leave=False, disable=off)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files. The one rule: a file that exists is whole, and says what it was made from. So a command goes through the files
+# that it should make: one that is there with this recipe is skipped, one with another recipe is refused, the rest are
+# made. Nothing else is remembered between commands.
+#
+# A file's record is {recipe, facts, identity}. The recipe is everything that bears on the tensors; facts (seconds,
+# counts, versions) do not. The identity covers recipe and tensors, so a file that is made again is the same file.
+
+FORMAT = "cropi/4"  # raised whenever a formula's result changes
+FREE = {"out", "batch_tokens", "gpu_memory", "max_errors", "save_every", "shard"}  # results do not depend on these
+
+
+def digest(*parts: str | bytes) -> str:
+    sha = hashlib.sha256()
+    for part in parts:
+        sha.update(part.encode() if isinstance(part, str) else part)
+    return sha.hexdigest()[:16]
+
+
+def code_digest(script: str) -> str:
+    """Of a script's code, comments and docstrings aside."""
+    tree = ast.parse(Path(script).read_text())
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node):
+            node.body = node.body[1:] or [ast.Pass()]
+    return digest(ast.unparse(tree))
+
+
+CODE = {"rollout": code_digest(__file__)}  # now, not when a file is written: the script may be edited meanwhile
+
+
+def make_recipe(kind: str, code: dict[str, str], options: dict, **inputs: object) -> dict:
+    """What a file is made from: every option that bears on it, given as the `locals()` of its command, defaults
+    included and `auto` resolved; and the identities of the inputs, under the names of the options that name them."""
+    resolve = {"engine": pick_engine, "dtype": lambda dtype: str(pick_dtype(dtype)), "reward": named_file}
+    resolve["selector"] = named_file
+    kept = {name: v for name, v in options.items() if name not in FREE | inputs.keys() and not isinstance(v, Path)}
+    kept = {name: resolve[name](value) if name in resolve else value for name, value in kept.items()}
+    recipe = {"format": FORMAT, "kind": kind, "device": device().type, "code": code, "inputs": inputs, "options": kept}
+    return json.loads(json.dumps(recipe))
+
+
+def named_file(text: str) -> str:
+    """FILE.py:FUNCTION by the file's name and digest, wherever it lies."""
+    path, colon, function = text.rpartition(":")
+    return f"{Path(path).name}:{function} ({digest(Path(path).read_bytes())})" if colon else text
+
+
+def differences(made: object, now: object, name: str = "") -> list[str]:
+    """Where two recipes differ, in words: ["options.lr 5e-05, now 0.0001", "code.train 1f0c, now 77ab"]."""
+    if not isinstance(made, dict) or not isinstance(now, dict):
+        return [f"{name[1:]} {made}, now {now}"] if made != now else []
+    return [text for key in made | now for text in differences(made.get(key), now.get(key), f"{name}.{key}")]
+
+
+def facts(seconds: float, **others: object) -> dict:
+    """What is worth knowing of how a file was made and does not bear on it."""
+    versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "numpy", "safetensors")}
+    name = torch.cuda.get_device_name() if device().type == "cuda" else device().type
+    versions["python"] = sys.version.partition(" ")[0]
+    about = {"seconds": seconds, "device": name, "processes": WORLD, "threads": torch.get_num_threads()}
+    return about | {"versions": versions} | others
+
+
+@contextmanager
+def new_file(path: Path) -> Iterator[Path]:
+    """Yields a temporary name, for a file or a folder, which becomes `path` once the block has ended and all is on
+    disk. A kill leaves nothing but the folder `.NAME.part`, which the next try empties.
 
     Raises:
-        BadInput: there is none.
+        BadInput: the disk is full, or may not be written to.
     """
-    limit = getattr(policy.config, "max_position_embeddings", None) or sys.maxsize
-    longest = min(limit - max_tokens, max_prompt_tokens or limit)
-    fit = [i for i, ids in enumerate(encoded) if 0 < len(ids) <= longest]
-    dropped = f"{source}: {len(encoded) - len(fit)} of {len(encoded)} prompts dropped"
-    why = f"empty, or longer than {longest} tokens"
-    if longest < (max_prompt_tokens or limit):
-        why += f" (with --max-tokens {max_tokens} they would exceed the model's {limit})"
-    require(bool(fit), f"{dropped}: {why}")
-    if len(fit) < len(encoded):
-        tqdm.write(f"{dropped}: {why}")
-    return fit
+    part = path.with_name(f".{path.name}.part")
+    try:
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+        yield part / path.name
+        os.umask(mask := os.umask(0))
+        for made in part.rglob("*"):
+            made.chmod((0o777 if made.is_dir() else 0o666) & ~mask)  # safetensors' own files are for the owner alone
+            flush(made)
+        os.replace(part / path.name, path)
+        flush(path.parent)
+    except (OSError, SafetensorError) as error:
+        raise BadInput(f"{path}: cannot write it ({error}); make room, or choose another --out") from error
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
 
 
-@app.command(help=__doc__.splitlines()[0])
-def rollout(
-    out: Annotated[Path, typer.Option(help="Trajectory file to write.")],
-    model: Annotated[Path, typer.Option(help="Model folder, or name on the Hub, of the policy.")] = TOY / "model",
-    data: Data = Source(TOY / "train.jsonl"),
-    limit: Limit = None,
-    samples: Annotated[int, typer.Option(min=1, help="K, completions per prompt.")] = 8,
-    temperature: Temperature = 1.0,
-    max_tokens: MaxTokens = 8,
-    max_prompt_tokens: MaxPromptTokens = None,
-    system: System = None,
-    chat: Chat = True,
-    reward: Reward = "exact",
-    reward_seconds: RewardSeconds = 10.0,
-    max_errors: MaxErrors = 0.01,
-    engine: Engine = "auto",
-    gpu_memory: GpuMemory = 0.3,
-    dtype: Dtype = "auto",
-    batch_tokens: BatchTokens = 16384,
-    save_every: SaveEvery = 300.0,
-    seed: Seed = 0,
-) -> Trajectories:
-    settings = settings_of(locals())
-    check_out(out, model, Path(data))
-    rows = load_prompts(data, limit)
-    model, precision = model_folder(model), pick_dtype(dtype)
-    policy, tokenizer = load_model(model, precision)
-    encoded = encode_prompts(tokenizer, rows, system, chat, data)
-    kept = fitting_prompts(data, encoded, policy, max_tokens, max_prompt_tokens)
-    sampler = open_engine(
-        engine, model, policy, tokenizer, batch_tokens=batch_tokens, dtype=precision, gpu_memory=gpu_memory, seed=seed
-    )
-    sampling = {"samples": samples, "max_tokens": max_tokens, "temperature": temperature}
-    options = sampling | {"reward": reward, "seed": seed}
-    made_from = {"model": digest(model), "data": rows.digest, "prompts": len(rows), "options": options}
-    work = Unfinished(out, made_from | {"options": settings}, save_every)
-    parts = [Trajectories(**tensors, metadata=metadata) for tensors, metadata in work.load("trajectories")]
-    batches = sampler.batches([encoded[i] for i in kept], samples, max_tokens)
-    done, saved = parts[-1].metadata["batches"] if parts else 0, len(parts)
-    bar = tqdm(total=len(kept), desc=f"rollout {out.stem}", unit="prompt", leave=False, disable=None)
-    with bar:
-        bar.update(sum(map(len, batches[:done])))
-        for n, batch in enumerate(batches[done:], done + 1):
-            failed = sum(part.metadata["errors"] + part.metadata["timeouts"] for part in parts)
-            verdicts = {"seconds": reward_seconds, "allowed": max(1, max_errors * samples * len(kept)) - failed}
-            picked = [kept[j] for j in batch]
-            parts.append(
-                sample_trajectories(
-                    sampler,
-                    tokenizer,
-                    [rows[i] for i in picked],
-                    picked,
-                    reward,
-                    policy=policy,
-                    prompts=[encoded[i] for i in picked],
-                    verdicts=verdicts,
-                    **sampling,
-                    seed=[seed, int(rows.digest, 16)],
-                )
-            )
-            bar.update(len(batch))
-            if work.due() and n < len(batches):
-                part = join_trajectories(parts[saved:], [i for some in parts[saved:] for i in some.groups()])
-                part.metadata["batches"] = n
-                parts[saved:], saved = [part], saved + 1
-                work.save("trajectories", {name: getattr(part, name) for name in TENSORS}, part.metadata)
-    trajectories = join_trajectories(parts, kept)
-    failed = trajectories.metadata
-    trajectories.metadata = made_from | ({"verdicts": failed} if any(failed.values()) else {})
-    tensors = {name: getattr(trajectories, name) for name in TENSORS}
-    save_tensors(out, "trajectories", tensors, trajectories.metadata)
-    work.finish()
-    live = len(trajectories.live_groups())
-    said = "".join(f", {count} {name}" for name, count in failed.items() if count or reward != "exact")
-    tqdm.write(  # prints above the progress bars of whoever called
-        f"{out}: {len(kept)} prompts x {samples}, mean reward {trajectories.rewards.mean():.3f}{said}, "
-        f"{live} live prompts, {trajectories.truncated.mean():.1%} truncated"
-    )
-    return trajectories
+def flush(path: Path) -> None:
+    """To disk, a folder's entries too."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def save(path: Path, tensors: dict[str, Array], recipe: dict, facts: dict) -> None:
+    """Write a safetensors file with its record, under one metadata key: several would be written in random order."""
+    tensors = {name: np.ascontiguousarray(values) for name, values in tensors.items()}
+    record = {"recipe": recipe, "facts": facts, "identity": identity(tensors, recipe)}
+    with new_file(path) as temporary:
+        save_file(tensors, temporary, {"cropi": seal(record)})
+
+
+def identity(tensors: dict[str, Array], recipe: dict) -> str:
+    parts = [
+        part for name in sorted(tensors) for x in [tensors[name]] for part in (f"{name} {x.dtype} {x.shape}", x.data)
+    ]
+    return digest(json.dumps(recipe, sort_keys=True), *parts)
+
+
+def seal(record: dict) -> str:
+    return json.dumps(record | {"checksum": digest(json.dumps(record))})
+
+
+def peek(path: Path) -> dict:
+    """The record of a file, or of a model folder that train.py wrote, without reading its tensors.
+
+    Raises:
+        BadInput: not there, not one of our files, of another format, or damaged.
+    """
+    source = path / "cropi.json" if path.is_dir() else path
+    require(source.is_file(), f"{source}: no such file")
+    try:
+        if path.is_dir():
+            text = source.read_text()
+        else:
+            with safe_open(path, framework="np") as file:  # checks that header and length agree
+                text = file.metadata()["cropi"]
+        record = json.loads(text)
+        checksum, found = record.pop("checksum", None), record.get("recipe", record)["format"]
+    except (OSError, SafetensorError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise BadInput(
+            f"{source} is damaged, or not one of our files ({error!r}); remove it, or name another"
+        ) from None
+    require(found == FORMAT, f"{source} has the format {found}, not {FORMAT}; make it anew in another place")
+    require(checksum == digest(json.dumps(record)), f"{source} {CHANGED}")
+    return record
+
+
+CHANGED = "has been changed or damaged; remove it, and the command that made it makes it again"
+
+
+def load(path: Path, kind: str) -> tuple[dict[str, Array], dict]:
+    """The tensors of a file, and its record.
+
+    Raises:
+        BadInput: as `peek`; or of another kind, or the tensors are not those that were written.
+    """
+    record = peek(path)
+    found = record["recipe"]["kind"]
+    require(found == kind, f"{path} holds {found}, where {kind} is needed")
+    tensors = load_file(path)
+    require(identity(tensors, record["recipe"]) == record["identity"], f"{path} {CHANGED}")
+    return tensors, record
+
+
+def is_made(path: Path, recipe: dict) -> bool:
+    """Is a file or model folder there, with this recipe? Only the process that would make it may ask.
+
+    Raises:
+        BadInput: it is there with another recipe.
+    """
+    if not path.exists():
+        return False
+    made = peek(path)["recipe"]
+    ways = "choose another --out, or remove it and what was made from it"
+    require(made == recipe, f"{path} was made with {' and '.join(differences(made, recipe)[:5])}; {ways}")
+    shutil.rmtree(path.with_name(f".{path.name}.part"), ignore_errors=True)  # left if we were killed just after it
+    return True
+
+
+def missing_shards(out: Path, recipe: dict, count: int, size: int) -> list[tuple[Path, range, dict]]:
+    """The shards of a set of `count` prompts that this process has to make: path, prompts, recipe of each."""
+    size = min(size, max(16, -(-count // 8)))
+    total, missing = -(-count // size), []
+    for number in range(RANK, total, WORLD):
+        part = range(number * size, min(count, (number + 1) * size))
+        shard = {"number": number, "of": total, "first": part.start, "last": part.stop - 1, "count": count}
+        path = out / f"{number:05d}.safetensors"
+        if not is_made(path, recipe | {"shard": shard}):
+            missing.append((path, part, recipe | {"shard": shard}))
+    return missing
+
+
+def shard_paths(folder: Path, kind: str) -> list[Path]:
+    """The shards of a folder.
+
+    Raises:
+        BadInput: there is none, or not all; or they are of another kind, or do not belong together.
+    """
+    paths = sorted(folder.glob("[0-9]*.safetensors"))
+    require(bool(paths), f"{folder}: no {kind} here (a folder of shards, 00000.safetensors ...)")
+    recipes = [peek(path)["recipe"] for path in paths]
+    for path, recipe in zip(paths, recipes, strict=True):
+        require(recipe["kind"] == kind, f"{path} holds {recipe['kind']}, where {kind} is needed")
+        of = {name: value for name, value in recipe["inputs"].items() if name == "trajectories"}  # a shard of gradients
+        alike = recipes[0] | {"shard": recipe["shard"], "inputs": recipes[0]["inputs"] | of}
+        together = alike == recipe and f"{recipe['shard']['number']:05d}" == path.stem
+        require(together, f"{path} is a shard of something else than {paths[0]}; remove it, and it is made again")
+    total = recipes[0]["shard"]["of"]
+    ways = "the command that makes them resumes"
+    require(len(paths) == total, f"{folder}: {len(paths)} of {total} shards of {kind} are there; {ways}")
+    return paths
+
+
+def check_out(out: Path) -> None:
+    """Before any work: can the folder `out` be written, or made?
+
+    Raises:
+        BadInput: no.
+    """
+    parent = next(path for path in (out, *out.absolute().parents) if path.exists())
+    try:
+        with tempfile.TemporaryFile(dir=parent):
+            pass
+    except OSError as error:
+        raise BadInput(f"{out}: cannot write in {parent} ({error.strerror}); choose another --out") from None
+
+
+@functools.cache
+def _file_digest(path: Path, written: int) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+
+
+def file_digests(folder: Path) -> dict[str, str]:
+    """Of the files of a model folder, read once per process."""
+    files = sorted(path for path in folder.glob("[!.]*") if path.is_file() and path.name != "cropi.json")
+    return {path.name: _file_digest(path.resolve(), path.stat().st_mtime_ns) for path in files}
+
+
+def model_identity(folder: Path, check: bool = False) -> str:
+    """Of a model folder: from its record if train.py wrote it, else the digest of its files.
+
+    Raises:
+        BadInput: with `check`, if a file of a model that train.py wrote is not as it was written.
+    """
+    if not (folder / "cropi.json").exists():
+        return digest(json.dumps(file_digests(folder)))
+    record = peek(folder)
+    if check:
+        same = file_digests(folder)
+        changed = [str(folder / name) for name, value in record["files"].items() if same.get(name) != value]
+        require(not changed, f"{', '.join(changed)} {CHANGED}")
+    return record["identity"]
 
 
 if __name__ == "__main__":

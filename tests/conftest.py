@@ -1,9 +1,11 @@
-"""What the tests share: the toy model, a policy that has moved away from it, and ragged trajectories."""
+"""What the tests share: the toy model, a policy that has moved away from it, ragged trajectories, and our files."""
 
 import copy
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -11,7 +13,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import rollout  # noqa: E402
-from rollout import TOY, TransformersEngine, load_model, load_prompts, sample_trajectories  # noqa: E402
+import train  # noqa: E402
+from rollout import TOY, Trajectories, TransformersEngine, load_model, load_prompts, sample_trajectories  # noqa: E402
 
 
 @pytest.fixture(scope="session")
@@ -47,20 +50,12 @@ def ragged(toy):
     rows = load_prompts(TOY / "train.jsonl")[:40]
     engine = TransformersEngine(*toy)
     trajectories = sample_trajectories(
-        engine,
-        toy[1],
-        rows,
-        range(40),
-        samples=6,
-        max_tokens=5,
-        temperature=TEMPERATURE,
-        reward="exact",
-        seed=[3],
+        engine, toy[1], rows, range(40), samples=6, max_tokens=5, temperature=TEMPERATURE, reward="exact", seed=[3]
     )
     assert 0 < trajectories.truncated.mean() < 1
     assert len(set(trajectories.prompt_length.tolist())) > 1
-    assert len(set(trajectories.completion_length.tolist())) > 1
-    assert 5 < len(trajectories.live_groups()) < 40
+    assert len(set(trajectories.length.flatten().tolist())) > 1
+    assert 5 < len(trajectories.live()) < 40
     return trajectories
 
 
@@ -73,5 +68,49 @@ def small_world(tmp_path):
     return tmp_path
 
 
-def digests(folder: Path, pattern: str) -> dict[str, str]:
-    return {str(path.relative_to(folder)): rollout.digest(path) for path in sorted(folder.glob(pattern))}
+def every(trajectories: Trajectories) -> Iterable[tuple[int, int]]:
+    """(n, k) of all N*K trajectories, in the order of the file."""
+    return np.ndindex(trajectories.rewards.shape)
+
+
+def sequence(trajectories: Trajectories, n: int, k: int) -> tuple[torch.Tensor, int, np.ndarray]:
+    """Prompt and completion of trajectory k of prompt n as one row of ids, the prompt's length, and the completion's
+    stored log-probs: by adding up lengths, without the offsets that the scripts use."""
+    first = int(trajectories.prompt_length[:n].sum())
+    prompt = trajectories.prompt_tokens[first : first + trajectories.prompt_length[n]]
+    start = int(trajectories.length[:n].sum() + trajectories.length[n, :k].sum())
+    span = slice(start, start + int(trajectories.length[n, k]))
+    ids = np.concatenate([prompt, trajectories.tokens[span]]).astype(np.int64)
+    return torch.from_numpy(ids), len(prompt), trajectories.behavior_logps[span]
+
+
+def load_folder(folder: Path, kind: str) -> dict[str, np.ndarray]:
+    """The tensors of a folder of shards, one shard after the other."""
+    shards = [rollout.load(path, kind)[0] for path in rollout.shard_paths(folder, kind)]
+    return {name: np.concatenate([shard[name] for shard in shards]) for name in shards[0]}
+
+
+def load_all(folder: Path) -> Trajectories:
+    """The trajectories of a whole folder as one table."""
+    return Trajectories(**load_folder(folder, "trajectories"))
+
+
+def identities(folder: Path, pattern: str) -> dict[str, str]:
+    """Of our files and model folders: equal where recipe and tensors are."""
+    return {str(path.relative_to(folder)): rollout.peek(path)["identity"] for path in sorted(folder.glob(pattern))}
+
+
+def save_selection(path: Path, data: str | Path, ranked: Iterable[int]) -> Path:
+    """A selection file as select.py would write it for a baseline, with these prompts chosen."""
+    recipe = rollout.make_recipe("selection", {}, {}, data=load_prompts(data).digest, model=None)
+    rollout.save(path, {"ranked": np.array(list(ranked), np.int64)}, recipe, rollout.facts(0.0))
+    return path
+
+
+def save_descendant(folder: Path, model, tokenizer) -> Path:
+    """A model folder as train.py would have written it after a stage that began with the toy model."""
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    about = rollout.facts(0.0, log=[], ancestors=[rollout.model_identity(TOY / "model")])
+    train.write_record(folder, rollout.make_recipe("model", {}, {}), about)
+    return folder

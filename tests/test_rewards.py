@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import rollout
-from rollout import BadInput, final_answer, load_reward, verify
+from rollout import BadInput, final_answer, known_reward, load_function, verify
 
 NESTED = r"\frac{1}{" * 3000 + "2" + "}" * 3000
 # (the data's answer, the completion, equal?)
@@ -249,5 +249,6 @@ def test_unknown_rewards_are_refused(rewards, tmp_path):
         (f"{broken}:f", "does not run .ModuleNotFoundError"),
     ):
         with pytest.raises(BadInput, match=says):
-            load_reward(reward)
-    assert load_reward("exact") is rollout.exact
+            known_reward(reward)
+    assert load_function("exact", rollout.REWARDS, "reward") is rollout.exact
+    assert load_function(f"{rewards}:two", rollout.REWARDS, "reward")(completions=["x"]) == [1.0, 2.0]

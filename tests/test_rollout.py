@@ -1,54 +1,72 @@
-"""Rollouts against transformers' own logits, and against themselves in another batch."""
+"""Rollouts against transformers' own logits, against themselves in another batch or shard; and the files' one rule."""
 
-import json
 import os
+from collections import Counter
 
 import numpy as np
 import pytest
 import torch
-from conftest import TEMPERATURE
+from conftest import TEMPERATURE, every, load_all, load_folder, sequence
 from safetensors.numpy import load_file
 
 import rollout
-from rollout import (
-    TOY,
-    TransformersEngine,
-    load_prompts,
-    open_tensors,
-    open_trajectories,
-    sample_trajectories,
-    save_rows,
-)
+from rollout import TOY, BadInput, TransformersEngine, load_prompts, load_trajectories, sample_trajectories
 
 
 def test_logps_are_those_of_transformers_logits(toy, ragged):
     model, _ = toy
-    for m in range(0, len(ragged.rewards), 7):
-        ids = torch.tensor(ragged.tokens[ragged.offsets[m] : ragged.offsets[m + 1]].astype(np.int64))
-        n = int(ragged.prompt_length[m])
+    for place in list(every(ragged))[::7]:
+        ids, start, stored = sequence(ragged, *place)
         with torch.no_grad():
             logps = torch.log_softmax(model(ids[None]).logits[0] / TEMPERATURE, -1)
-        expected = logps[n - 1 : -1].gather(1, ids[n:, None])[:, 0].numpy()
-        stored = ragged.behavior_logps[ragged.logp_offsets[m] : ragged.logp_offsets[m + 1]]
+        expected = logps[start - 1 : -1].gather(1, ids[start:, None])[:, 0].numpy()
         np.testing.assert_allclose(stored, expected, atol=2e-5)
 
 
 def test_completions_end_at_the_end_token_or_are_truncated(toy, ragged):
     end = toy[1].eos_token_id
-    for m in range(len(ragged.rewards)):
-        completion = ragged.tokens[ragged.offsets[m] + ragged.prompt_length[m] : ragged.offsets[m + 1]]
+    for place in every(ragged):
+        ids, start, _ = sequence(ragged, *place)
+        completion = ids[start:].tolist()
         assert 1 <= len(completion) <= 5
         assert end not in completion[:-1]
-        assert (completion[-1] != end) == bool(ragged.truncated[m])
+        assert (completion[-1] != end) == bool(ragged.truncated[place])
 
 
 def test_rewards_are_verdicts_on_the_decoded_completion(toy, ragged):
     rows = load_prompts(TOY / "train.jsonl")
-    for m in range(len(ragged.rewards)):
-        completion = ragged.tokens[ragged.offsets[m] + ragged.prompt_length[m] : ragged.offsets[m + 1]]
-        row = rows[ragged.prompt_index[m]]
-        assert ragged.rewards[m] == (toy[1].decode(completion, skip_special_tokens=True) == row["answer"])
-        assert toy[1].decode(ragged.prompt(m)) == row["prompt"]
+    for place in every(ragged):
+        ids, start, _ = sequence(ragged, *place)
+        row = rows[ragged.prompt_index[place[0]]]
+        assert ragged.rewards[place] == (toy[1].decode(ids[start:], skip_special_tokens=True) == row["answer"])
+        assert toy[1].decode(ids[:start]) == toy[1].decode(ragged.prompt(place[0])) == row["prompt"]
+
+
+def test_a_table_knows_where_its_rows_are(ragged):
+    for n, k in every(ragged):
+        ids, start, logps = sequence(ragged, n, k)
+        np.testing.assert_array_equal(ragged.tokens[ragged.span(n, k)], ids[start:])
+        np.testing.assert_array_equal(ragged.behavior_logps[ragged.span(n, k)], logps)
+    assert ragged.live().tolist() == [n for n in range(40) if len(Counter(ragged.rewards[n].tolist())) > 1]
+
+
+def test_some_prompts_of_a_table_are_a_table(ragged):
+    """`take`: in the order of the file, all of a prompt's rows and nothing else's."""
+    for kept in (ragged.live(), np.array([3]), np.array([17, 2, 39]), np.arange(40), np.array([], int)):
+        taken, order = ragged.take(kept), sorted(kept.tolist())
+        assert set(taken.tensors()) == set(ragged.tensors())
+        assert taken.samples == 6 and len(taken.rewards) == len(order)
+        for place, n in enumerate(order):
+            for name in ("prompt_index", "prompt_length", "length", "rewards", "truncated"):
+                np.testing.assert_array_equal(getattr(taken, name)[place], getattr(ragged, name)[n], err_msg=name)
+            for k in range(6):
+                (ids, start, logps), (expected, at, stored) = sequence(taken, place, k), sequence(ragged, n, k)
+                assert start == at and torch.equal(ids, expected)
+                np.testing.assert_array_equal(logps, stored)
+        assert len(taken.tokens) == len(taken.behavior_logps) == taken.length.sum() == taken.offsets[-1]
+        assert len(taken.prompt_tokens) == taken.prompt_length.sum()
+        for name, values in taken.tensors().items():
+            assert values.dtype == getattr(ragged, name).dtype, name
 
 
 @pytest.mark.parametrize("batch_tokens, reverse", [(1, False), (700, True)])
@@ -66,13 +84,29 @@ def test_batching_and_order_change_nothing(toy, ragged, batch_tokens, reverse):
         reward="exact",
         seed=[3],
     )
-    groups, groups_again = ragged.groups(), again.groups()
-    for i in indices:
-        for m, n in zip(groups[i], groups_again[i], strict=True):
-            before, after = slice(*ragged.offsets[m : m + 2]), slice(*again.offsets[n : n + 2])
-            np.testing.assert_array_equal(ragged.tokens[before], again.tokens[after])
-            before, after = slice(*ragged.logp_offsets[m : m + 2]), slice(*again.logp_offsets[n : n + 2])
-            np.testing.assert_allclose(ragged.behavior_logps[before], again.behavior_logps[after], atol=2e-5)
+    assert again.prompt_index.tolist() == indices
+    for place, i in enumerate(indices):
+        for k in range(6):
+            (before, _, stored), (after, _, logps) = sequence(ragged, i, k), sequence(again, place, k)
+            assert torch.equal(before, after)
+            np.testing.assert_allclose(stored, logps, atol=2e-5)
+
+
+def test_another_size_of_shards_changes_nothing(small_world):
+    data = str(small_world / "train.jsonl")
+    for size in (512, 7, 60):
+        rollout.rollout(out=small_world / f"by-{size}", data=data, shard=size, seed=4)
+    folders = {size: sorted(path.name for path in (small_world / f"by-{size}").iterdir()) for size in (512, 7, 60)}
+    assert folders[512] == folders[60] == [f"{number:05d}.safetensors" for number in range(4)]  # of 16 at most
+    assert folders[7] == [f"{number:05d}.safetensors" for number in range(9)]
+    default, small = load_all(small_world / "by-512"), load_all(small_world / "by-7")
+    assert default.prompt_index.tolist() == small.prompt_index.tolist() == list(range(60))
+    for name in set(rollout.TENSORS) - {"behavior_logps"}:
+        np.testing.assert_array_equal(getattr(default, name), getattr(small, name), err_msg=name)
+    assert np.ptp(default.rewards) == 1
+    np.testing.assert_allclose(default.behavior_logps, small.behavior_logps, rtol=0, atol=1e-5)
+    with pytest.raises(BadInput, match=r"00000\.safetensors was made with .*shard\.of 9, now 4"):
+        rollout.rollout(out=small_world / "by-7", data=data, seed=4)
 
 
 def test_samples_follow_the_policy(toy):
@@ -104,60 +138,60 @@ def test_finished_sequences_leave_the_batch(toy, monkeypatch):
     assert sizes == [16] + [int((lengths > t).sum()) for t in range(1, lengths.max())]
 
 
-def test_file_holds_what_its_head_says(small_world):
-    out = small_world / "t.safetensors"
-    made = rollout.rollout(out=out, data=small_world / "test-rev.jsonl", samples=3)
-    plain = load_file(out)  # the library reads what we describe
-    assert {name: str(array.dtype) for name, array in plain.items()} == {
-        "tokens": "int32",
-        "offsets": "int64",
-        "prompt_length": "int32",
-        "behavior_logps": "float32",
-        "rewards": "float32",
-        "prompt_index": "int32",
-        "truncated": "uint8",
-    }
-    assert len(plain["tokens"]) == plain["offsets"][-1]
-    assert len(plain["behavior_logps"]) == plain["offsets"][-1] - plain["prompt_length"].sum()
-    opened = open_trajectories(out)
-    for name in rollout.TENSORS:
-        np.testing.assert_array_equal(plain[name], getattr(made, name))
-        np.testing.assert_array_equal(plain[name], getattr(opened, name))
-    assert opened.metadata == json.loads(json.dumps(made.metadata))
-
-
-def test_streamed_rows_are_a_safetensors_file(tmp_path):
-    rows = np.random.default_rng(0).normal(size=(7, 5)).astype(np.float32)
-    columns = {}
-    with save_rows(tmp_path / "g.safetensors", "gradients", "sketch", (7, 5), columns, {"a": [1, "x"]}) as write:
-        write(rows[:3])
-        write(rows[3:])
-        columns["prompt_index"] = np.arange(7, dtype=np.int32)
-    plain = load_file(tmp_path / "g.safetensors")
-    np.testing.assert_array_equal(plain["sketch"], rows)
-    np.testing.assert_array_equal(plain["prompt_index"], np.arange(7))
-    mapped, metadata = open_tensors(tmp_path / "g.safetensors", "gradients")
-    np.testing.assert_array_equal(mapped["sketch"], rows)
-    assert metadata == {"a": [1, "x"]}
+def test_files_hold_what_the_head_says(small_world):
+    data = small_world / "train.jsonl"
+    rollout.rollout(out=small_world / "t", data=str(data), samples=3)
+    [*paths, last] = sorted((small_world / "t").iterdir())
+    for path, count in [*((path, 16) for path in paths), (last, 12)]:
+        plain = load_file(path)  # the library reads what we describe
+        assert {name: str(array.dtype) for name, array in plain.items()} == {
+            "prompt_index": "int32",
+            "prompt_length": "int32",
+            "prompt_tokens": "int32",
+            "length": "int32",
+            "tokens": "int32",
+            "behavior_logps": "float32",
+            "rewards": "float32",
+            "truncated": "uint8",
+        }
+        assert plain["prompt_index"].shape == plain["prompt_length"].shape == (count,)
+        assert plain["length"].shape == plain["rewards"].shape == plain["truncated"].shape == (count, 3)
+        assert len(plain["tokens"]) == len(plain["behavior_logps"]) == plain["length"].sum()
+        assert len(plain["prompt_tokens"]) == plain["prompt_length"].sum()
+        opened, record = load_trajectories(path)
+        for name in rollout.TENSORS:
+            np.testing.assert_array_equal(plain[name], getattr(opened, name))
+        assert record == rollout.peek(path)
+        facts, first = record["facts"], plain["prompt_index"][0]
+        assert facts["trajectories"] == 3 * count and facts["tokens"] == len(plain["tokens"])
+        assert facts["reward"] == plain["rewards"].sum() and facts["truncated"] == plain["truncated"].sum()
+        assert facts["live"] == sum(0 < n < 3 for n in plain["rewards"].sum(1))
+        assert facts["seconds"] > 0 and facts["versions"]["torch"] == torch.__version__
+        expected = {"number": first // 16, "of": 4, "first": first, "last": first + count - 1, "count": 60}
+        assert record["recipe"]["shard"] == expected
+        assert record["recipe"]["inputs"]["data"] == load_prompts(data).digest
+    assert load_folder(small_world / "t", "trajectories")["prompt_index"].tolist() == list(range(60))
 
 
 def test_nothing_is_left_of_a_write_that_fails(tmp_path):
     target = tmp_path / "f.txt"
     target.write_text("old")
-    with pytest.raises(ZeroDivisionError), rollout.whole_file(target) as temporary:
+    with pytest.raises(ZeroDivisionError), rollout.new_file(target) as temporary:
         temporary.write_text("half")
         _ = 1 / 0
     assert target.read_text() == "old"
     assert list(tmp_path.iterdir()) == [target]
 
 
-def test_a_folder_is_replaced_whole_and_survives_a_rename_that_fails(tmp_path, monkeypatch):
-    target = tmp_path / "model"
-    for content in ("first", "second"):
-        with rollout.whole_file(target) as temporary:
-            temporary.mkdir()
-            (temporary / "weights").write_text(content)
-    assert (target / "weights").read_text() == "second"
+def test_a_folder_appears_whole_and_survives_a_rename_that_fails(tmp_path, monkeypatch):
+    target, part = tmp_path / "model", tmp_path / ".model.part"
+    part.mkdir()
+    (part / "left").write_text("by a kill")
+    with rollout.new_file(target) as temporary:
+        temporary.mkdir()
+        (temporary / "weights").write_text("first")
+        assert not target.exists()
+    assert [path.name for path in target.iterdir()] == ["weights"]
     assert list(tmp_path.iterdir()) == [target]
     rename = os.replace
 
@@ -167,9 +201,10 @@ def test_a_folder_is_replaced_whole_and_survives_a_rename_that_fails(tmp_path, m
         rename(source, destination)
 
     monkeypatch.setattr(os, "replace", failing)
-    with pytest.raises(OSError, match="disk"), rollout.whole_file(target) as temporary:
+    with pytest.raises(BadInput, match=r"model: cannot write it \(disk\)"), rollout.new_file(target) as temporary:
         temporary.mkdir()
-    assert [path.read_text() for path in tmp_path.rglob("weights")] == ["second"]
+    assert [path.read_text() for path in tmp_path.rglob("weights")] == ["first"]
+    assert list(tmp_path.iterdir()) == [target]
 
 
 def test_toy_data_is_apart_and_is_what_make_writes(tmp_path, monkeypatch):

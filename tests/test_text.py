@@ -7,13 +7,14 @@ import sys
 import datasets
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import ROOT, load_all
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 import cropi
 import rollout
-from rollout import BadInput, Source, encode_prompts, load_prompts, open_trajectories
+import train
+from rollout import BadInput, encode_prompts, load_prompts
 
 TEMPLATE = (
     "{% if messages[0]['role'] != 'system' %}<|im_start|>system\nYou are helpful.<|im_end|>\n{% endif %}"
@@ -88,24 +89,28 @@ def test_a_run_passes_through_every_stage(world, tmp_path, engine):
     report = json.loads((out / "report.json").read_text())
     assert report["targeted"] == ["clips"] and len(report["evaluations"]) == 3
     tokenizer = rollout.load_model(world / "model")[1]
-    stored = open_trajectories(out / "rollouts" / "train.safetensors")
+    stored = load_all(out / "rollouts" / "train")
     text = tokenizer.decode(stored.prompt(0))
     question = load_prompts(world / "train.parquet")[0]["prompt"]
     assert (
         text == f"<|im_start|>system\nThink.<|im_end|>\n<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n"
     )
-    assert len(rollout.load_model(out / "stage-01" / "model")[0].config.cropi_ancestors) == 2
+    models = [world / "model", out / "stage-01" / "model", out / "stage-02" / "model"]
+    assert train.lineage(models[-1]) == [rollout.model_identity(model) for model in models]
     again = subprocess.run([*map(str, command), "--out", str(out)], cwd=ROOT, capture_output=True, text=True)
-    assert again.returncode == 0 and again.stdout.count("(done before)") == 2
+    assert again.returncode == 0 and "resuming: 2 of 2 stages trained" in again.stdout
+    assert done.stdout.count("\n$ ") > 10 and "\n$ " not in again.stdout
+    assert json.loads((out / "report.json").read_text()) == report
 
 
 def test_math_reward_from_gsm8k_answers(world, tmp_path):
-    rolled = rollout.rollout(
-        tmp_path / "r", model=world / "model", data=Source(world / "train.parquet"), samples=2, reward="math", limit=10
-    )
-    assert len(rolled.rewards) == 20 and set(rolled.rewards.tolist()) <= {0.0, 1.0}
-    assert rolled.metadata["prompts"] == 10
-    assert rolled.metadata["data"] != load_prompts(world / "train.parquet").digest
+    data = str(world / "train.parquet")
+    rollout.rollout(tmp_path / "r", model=world / "model", data=data, samples=2, reward="math", limit=10)
+    rewards, (path,) = load_all(tmp_path / "r").rewards, rollout.shard_paths(tmp_path / "r", "trajectories")
+    assert rewards.shape == (10, 2) and set(rewards.flatten().tolist()) <= {0.0, 1.0}
+    recipe = rollout.peek(path)["recipe"]
+    assert recipe["shard"]["count"] == 10
+    assert recipe["inputs"]["data"] == load_prompts(data, 10).digest != load_prompts(data).digest
 
 
 def test_every_format_holds_the_same_rows(tmp_path):
@@ -124,8 +129,11 @@ def test_every_format_holds_the_same_rows(tmp_path):
     both = f"{tmp_path / 'a.json'}+{tmp_path / 'a.csv'}"
     assert [row["answer"] for row in load_prompts(both)] == ["2", "007"] * 2
     assert [row["answer"] for row in load_prompts(both, 1)] == ["2", "2"]
-    several = [load_prompts(*some).digest for some in ((both,), (both, 3), (both, 1), (tmp_path / "a.json",))]
-    assert len(set(several)) == 4
+    whole, three, one, single = (
+        load_prompts(*some).digest for some in ((both,), (both, 3), (both, 1), (tmp_path / "a.json",))
+    )
+    assert whole == three and len({whole, one, single}) == 3  # of the rows as they are used
+    assert len({load_prompts(tmp_path / f"a.{kind}").digest for kind in ("json", "jsonl", "csv", "parquet")}) == 1
     nested = [{"prompt": [{"role": "user", "content": "1 + 1?"}], "reward_model": {"ground_truth": 2, "style": "rule"}}]
     (tmp_path / "b.json").write_text(json.dumps(nested))
     assert load_prompts(tmp_path / "b.json")[0]["answer"] == "2"
@@ -171,11 +179,13 @@ def test_long_prompts_are_dropped_and_counted(world, tmp_path, capsys):
         {"prompt": "brief", "answer": "1"},
     ]
     (tmp_path / "d.json").write_text(json.dumps(rows))
-    options = {"model": world / "model", "data": Source(tmp_path / "d.json"), "samples": 2}
-    rolled = rollout.rollout(tmp_path / "r", **options)
-    assert sorted(rolled.groups()) == [0, 2] and rolled.metadata["prompts"] == 3
+    options = {"model": world / "model", "data": str(tmp_path / "d.json"), "samples": 2}
+    rollout.rollout(tmp_path / "r", **options)
+    (path,) = rollout.shard_paths(tmp_path / "r", "trajectories")
+    assert load_all(tmp_path / "r").prompt_index.tolist() == [0, 2]
+    assert rollout.peek(path)["recipe"]["shard"]["count"] == 3 and rollout.peek(path)["facts"]["trajectories"] == 4
     said = capsys.readouterr().out
-    assert "1 of 3 prompts dropped: empty, or longer than 248 tokens" in said and "exceed the model's 256" in said
+    assert "1 of 3 prompts dropped: empty, or longer than 248 tokens (the model's 256 less --max-tokens 8" in said
     with pytest.raises(BadInput, match="3 of 3 prompts dropped"):
         rollout.rollout(tmp_path / "s", **options, max_prompt_tokens=3)
     assert not (tmp_path / "s").exists()

@@ -2,21 +2,27 @@
 
 import copy
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import TEMPERATURE
+from conftest import TEMPERATURE, save_selection
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import cropi
 import rollout
 import train
-from rollout import TOY, BadInput, Source, VllmEngine, load_prompts, open_engine, sample_trajectories
+from rollout import TOY, BadInput, VllmEngine, load_prompts, open_engine, sample_trajectories
 from train import collate, completion_logps, micro_batches
 
 pytestmark = pytest.mark.vllm
-ENGINE = {"batch_tokens": 16384, "dtype": torch.float32, "gpu_memory": 0.3, "seed": 0}
+
+
+def options(folder, dtype: str = "float32") -> SimpleNamespace:
+    """Those that `open_engine` looks at."""
+    given = {"engine": "vllm", "dtype": dtype, "batch_tokens": 16384, "gpu_memory": 0.3, "seed": 0}
+    return SimpleNamespace(model=folder, **given)
 
 
 @pytest.fixture(scope="session")
@@ -69,8 +75,8 @@ def wide_toy(wide):
 def largest_difference(model, trajectories, temperature: float) -> float:
     """Of the engine's log-probs from those of train.py, over all tokens."""
     found = 0.0
-    for groups in micro_batches(trajectories, trajectories.groups(), 16384):
-        batch = collate(trajectories, groups, model.device)
+    for pieces in micro_batches(trajectories, range(len(trajectories.rewards)), 16384):
+        batch = collate(trajectories, pieces, model.device)
         with torch.no_grad():
             _, logps = completion_logps(model, batch, temperature)
         found = max(found, float((logps - batch.behavior_logps).abs().max()))
@@ -89,11 +95,11 @@ def test_log_probs_are_those_of_transformers(wide, wide_toy):
     with torch.no_grad():
         for parameter in moved.parameters():
             parameter.mul_(1.05)
-    engine = open_engine("vllm", wide, model, tokenizer, **ENGINE)
+    engine = open_engine(options(wide), model, tokenizer)
     trajectories = sample(engine, model, tokenizer)
     assert 0 < trajectories.truncated.mean() < 1
     ends = trajectories.tokens[trajectories.offsets[1:] - 1] == tokenizer.eos_token_id
-    np.testing.assert_array_equal(ends, trajectories.truncated == 0)
+    np.testing.assert_array_equal(ends, trajectories.truncated.flatten() == 0)
     assert largest_difference(model, trajectories, TEMPERATURE) < 1e-4
     engine.check(model, trajectories, TEMPERATURE)
     with pytest.raises(BadInput, match="does not sample from the policy"):
@@ -102,14 +108,14 @@ def test_log_probs_are_those_of_transformers(wide, wide_toy):
     engine.sync(moved)
     trajectories = sample(engine, moved, tokenizer)
     assert largest_difference(moved, trajectories, TEMPERATURE) < 1e-4
-    assert open_engine("vllm", wide, model, tokenizer, **ENGINE) is engine  # started once, weights anew
+    assert open_engine(options(wide), model, tokenizer) is engine  # started once, weights anew
     assert largest_difference(model, sample(engine, model, tokenizer), TEMPERATURE) < 1e-4
 
 
 def test_it_samples_from_the_policy(wide, wide_toy):
     """Frequencies of the first token over many samples, against the softmax."""
     model, tokenizer = wide_toy
-    engine = open_engine("vllm", wide, model, tokenizer, **ENGINE)
+    engine = open_engine(options(wide), model, tokenizer)
     prompt = tokenizer(load_prompts(TOY / "train.jsonl")[0]["prompt"], add_special_tokens=False).input_ids
     (group,) = engine.generate([prompt], [0], samples=4000, max_tokens=1, temperature=TEMPERATURE, seed=[0])
     with torch.no_grad():
@@ -121,20 +127,19 @@ def test_it_samples_from_the_policy(wide, wide_toy):
 
 @pytest.fixture
 def selection(tmp_path):
-    tensors = {"ranked": np.arange(60), "score": np.zeros(60)}
-    rollout.save_tensors(tmp_path / "s", "selection", tensors, {"data": rollout.digest(TOY / "train.jsonl")})
-    return tmp_path / "s"
+    return save_selection(tmp_path / "s", TOY / "train.jsonl", range(60))
 
 
 def test_training_syncs_and_a_skipped_sync_is_caught(wide, selection, tmp_path, monkeypatch):
-    options = {"model": wide, "selection": selection, "steps": 4, "batch_prompts": 16, "engine": "vllm", "lr": 1e-3}
-    log = train.train(out=tmp_path / "a", **options)
+    given = {"model": wide, "selection": selection, "steps": 4, "batch_prompts": 16, "engine": "vllm", "lr": 1e-3}
+    train.train(out=tmp_path / "a", **given)
+    log = rollout.peek(tmp_path / "a" / "model")["facts"]["log"]
     assert len(log) == 4 and all(line["outside_clip"] < 0.05 for line in log)
     before, after = (rollout.load_model(path)[0] for path in (wide, tmp_path / "a" / "model"))
     assert any(not torch.equal(a, b) for a, b in zip(before.parameters(), after.parameters(), strict=True))
     monkeypatch.setattr(VllmEngine, "sync", lambda self, policy: None)
     with pytest.raises(BadInput, match="Are its weights stale"):
-        train.train(out=tmp_path / "b", **options)
+        train.train(out=tmp_path / "b", **given)
     assert not (tmp_path / "b").exists()
 
 
@@ -144,9 +149,9 @@ def test_a_whole_run_starts_one_engine(wide, small_world, monkeypatch):
     monkeypatch.setattr(VllmEngine, "__init__", lambda self, *args: (started.append(args), begin(self, *args))[1])
     monkeypatch.setattr(rollout, "_vllm", dict(rollout._vllm))
     settings = ["train.steps=2", "train.batch_prompts=8", "valid.samples=4", "test.samples=2", "project.k=64"]
-    report = cropi.run(
+    cropi.run(
         model=wide,
-        pool=Source(small_world / "train.jsonl"),
+        pool=str(small_world / "train.jsonl"),
         valid=[str(small_world / "valid-rev.jsonl")],
         test=[str(small_world / "test-rev.jsonl")],
         stages=2,
@@ -154,9 +159,10 @@ def test_a_whole_run_starts_one_engine(wide, small_world, monkeypatch):
         assignments=settings,
         out=small_world / "run",
     )
+    report = json.loads((small_world / "run/report.json").read_text())
     assert len(report["evaluations"]) == 3 and len(started) <= 1
-    lines = [json.loads(line) for line in (small_world / "run/stage-01/metrics.jsonl").read_text().splitlines()]
-    assert {line["step"] for line in lines if "step" in line} == {0, 1}
+    lines = [json.loads(line) for line in (small_world / "run/stage-02/metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [0, 1]
 
 
 def test_heads_that_it_lacks_are_refused(tmp_path):
@@ -170,7 +176,7 @@ def test_heads_that_it_lacks_are_refused(tmp_path):
 def test_bfloat16_stays_within_its_tolerance(wide):
     """Last, since it starts an engine of its own."""
     model, tokenizer = rollout.load_model(wide, torch.bfloat16)
-    engine = open_engine("vllm", wide, model, tokenizer, **ENGINE | {"dtype": torch.bfloat16})
+    engine = open_engine(options(wide, "bfloat16"), model, tokenizer)
     trajectories = sample(engine, model, tokenizer)
     engine.check(model, trajectories, TEMPERATURE)
     found = largest_difference(model, trajectories, TEMPERATURE)
