@@ -1,10 +1,14 @@
 """Train: one stage of GRPO on the prompts that a selection file names.
 
-    python train.py --selection runs/mine/stage-00/selection.safetensors --out runs/mine/stage-00
+    python train.py --selection runs/mine/stage-01/selection.safetensors --out runs/mine/stage-01
 
 Reads   a model folder, the data, the selection and (from the second stage on) the optimizer state before it.
-Writes  into the folder --out: `model/` (a Hugging Face checkpoint), `optimizer.safetensors` (AdamW's moments) and
-        `metrics.jsonl` (a line per step).
+Writes  into the folder --out:
+
+    model/                   a Hugging Face checkpoint; cropi.json in it holds, among the facts, a line per step
+    optimizer.safetensors    AdamW's moments, NAME.exp_avg and NAME.exp_avg_sq for every parameter NAME
+    metrics.jsonl            the lines once more, for other tools
+    checkpoint.safetensors   every --save-every seconds, until the model is there: weights, moments, lines so far
 
 A step samples K completions for a batch of P prompts and ascends
 
@@ -30,73 +34,54 @@ Deviations from the paper's RL stage:
  4. One temperature for everything, 1 by default (paper: stored trajectories at 0.5).
 """
 
-import functools
+from __future__ import annotations
+
 import json
+import shutil
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Annotated
 
 import numpy as np
 import torch
 import typer
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+import rollout
 from rollout import (
+    RANK,
     TOY,
+    Array,
     BadInput,
-    BatchTokens,
-    Chat,
-    Data,
+    Count,
     Dtype,
     Engine,
-    GpuMemory,
-    Limit,
-    MaxErrors,
-    MaxPromptTokens,
-    MaxTokens,
+    Given,
+    MaybeCount,
+    Natural,
+    Positive,
     Reward,
-    RewardSeconds,
-    SaveEvery,
-    Seed,
-    Source,
-    System,
-    Temperature,
+    Share,
     Trajectories,
-    Unfinished,
-    above_zero,
-    check_out,
-    command_line,
-    device,
-    digest,
-    encode_prompts,
-    fitting_prompts,
-    lineage,
-    load_model,
-    load_prompts,
-    model_folder,
-    named,
-    new_app,
-    open_engine,
-    open_tensors,
-    pack,
-    pad_left,
-    pick_dtype,
-    prefill,
+    Weight,
     require,
-    sample_trajectories,
-    save_tensors,
-    settings_of,
-    whole_file,
 )
+
+CODE = rollout.CODE | {"train": rollout.code_digest(__file__)}
+app = typer.Typer(**rollout.PLAIN)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The formulas
 
 
-def group_advantages(rewards: torch.Tensor) -> torch.Tensor:
+def group_advantages(rewards: Tensor) -> Tensor:
     """Â_k = (R_k - mean R) / (std R + 1e-6): (P, K) -> (P, K). Equation 2; std is the sample's (divided by K - 1).
 
     >>> group_advantages(torch.tensor([[1.0, 0.0, 0.0, 0.0]]))  # mean 1/4, std 1/2
@@ -105,9 +90,7 @@ def group_advantages(rewards: torch.Tensor) -> torch.Tensor:
     return (rewards - rewards.mean(1, keepdim=True)) / (rewards.std(1, keepdim=True) + 1e-6)
 
 
-def policy_objective(
-    logps: torch.Tensor, behavior_logps: torch.Tensor, advantages: torch.Tensor, clip: float
-) -> torch.Tensor:
+def policy_objective(logps: Tensor, behavior_logps: Tensor, advantages: Tensor, clip: float) -> Tensor:
     """min(ρ Â, clip(ρ, 1-ε, 1+ε) Â) per token (6). Its gradient, where nothing is clipped, is ρ Â ∇log π (2).
 
     Args:
@@ -118,13 +101,13 @@ def policy_objective(
     return torch.minimum(ratio * advantages[:, None], ratio.clamp(1 - clip, 1 + clip) * advantages[:, None])
 
 
-def k3_kl(logps: torch.Tensor, initial_logps: torch.Tensor) -> torch.Tensor:
+def k3_kl(logps: Tensor, initial_logps: Tensor) -> Tensor:
     """Schulman's low-variance estimate of KL(π_θ ‖ π_initial) per token: q - log q - 1 >= 0, q = π_initial / π_θ."""
     log_q = initial_logps - logps
     return torch.exp(log_q) - log_q - 1
 
 
-def sequence_mean(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+def sequence_mean(values: Tensor, mask: Tensor) -> Tensor:
     """1/|τ| Σ_t of (B, C) over the tokens of each completion: (B,). Equations 2 and 6."""
     return (values * mask).sum(1) / mask.sum(1)
 
@@ -132,84 +115,75 @@ def sequence_mean(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
 # ---------------------------------------------------------------------------------------------------------------------
 # From trajectories to log-probs
 
+Piece = tuple[int, range]  # a prompt n, and those of its K trajectories that are computed together
+
 
 @dataclass
 class Batch:
-    """P groups of K trajectories. Row p*K + k of a (P*K, ...) tensor is completion k of prompt p."""
+    """P pieces of K trajectories each. Row p*K + k of a (P*K, ...) tensor is trajectory k of piece p."""
 
     prompt_index: list[int]  # P
-    prompt_ids: torch.Tensor  # (P, L) padded on the left
-    prompt_mask: torch.Tensor  # (P, L)
-    completion_ids: torch.Tensor  # (P*K, C) padded on the right
-    mask: torch.Tensor  # (P*K, C) float, 1 at the tokens of a completion
-    behavior_logps: torch.Tensor  # (P*K, C)
-    advantages: torch.Tensor  # (P*K,)
+    prompt_ids: Tensor  # (P, L) padded on the left
+    prompt_mask: Tensor  # (P, L)
+    completion_ids: Tensor  # (P*K, C) padded on the right
+    mask: Tensor  # (P*K, C) float, 1 at the tokens of a completion
+    behavior_logps: Tensor  # (P*K, C)
+    advantages: Tensor  # (P*K,)
 
 
-def collate(trajectories: Trajectories, groups: Sequence[tuple[int, range]], device: torch.device) -> Batch:
-    """Pad the given groups (prompt_index, rows (K,)), or parts of groups, into a batch."""
-    prompt_ids, prompt_mask = pad_left([trajectories.prompt(rows[0]) for _, rows in groups], device)
-    rows = np.concatenate([rows for _, rows in groups])  # (P*K,)
-    length = trajectories.completion_length[rows]
-    column = np.arange(length.max())
-    mask = column < length[:, None]  # (P*K, C)
-    first_token = trajectories.offsets[rows] + trajectories.prompt_length[rows]
-    completion_ids, behavior_logps = np.zeros(mask.shape, np.int64), np.zeros(mask.shape, np.float32)
-    completion_ids[mask] = trajectories.tokens[(first_token[:, None] + column)[mask]]
-    behavior_logps[mask] = trajectories.behavior_logps[(trajectories.logp_offsets[rows][:, None] + column)[mask]]
-    whole = [trajectories.group_of(rows[0]) for _, rows in groups]  # advantages belong to it, whatever the part
-    rewards = torch.from_numpy(trajectories.rewards[np.stack(whole)])  # (P, K)
-    advantages = group_advantages(rewards).numpy()
-    advantages = [
-        of[np.array(part) - all_.start] for of, (_, part), all_ in zip(advantages, groups, whole, strict=True)
-    ]
+def collate(trajectories: Trajectories, pieces: Sequence[Piece], device: torch.device) -> Batch:
+    """Pad the pieces into a batch. A trajectory's advantage is that in its whole group, whatever the piece."""
+    prompt_ids, prompt_mask = rollout.pad_left([trajectories.prompt(n) for n, _ in pieces], device)
+    spans = [trajectories.span(n, k) for n, ks in pieces for k in ks]  # (P*K,)
+
+    def pad(values: Array) -> Tensor:
+        return pad_sequence([torch.from_numpy(values[span]) for span in spans], batch_first=True).to(device)  # (P*K, C)
+
+    advantages = group_advantages(torch.from_numpy(trajectories.rewards[[n for n, _ in pieces]]))  # (P, K of the group)
     return Batch(
-        prompt_index=[i for i, _ in groups],
+        prompt_index=trajectories.prompt_index[[n for n, _ in pieces]].tolist(),
         prompt_ids=prompt_ids,
         prompt_mask=prompt_mask,
-        completion_ids=torch.from_numpy(completion_ids).to(device),
-        mask=torch.from_numpy(mask).float().to(device),
-        behavior_logps=torch.from_numpy(behavior_logps).to(device),
-        advantages=torch.from_numpy(np.concatenate(advantages)).to(device),
+        completion_ids=pad(trajectories.tokens).long(),
+        mask=pad(np.ones_like(trajectories.behavior_logps)),
+        behavior_logps=pad(trajectories.behavior_logps),
+        advantages=torch.cat([row[ks.start : ks.stop] for row, (_, ks) in zip(advantages, pieces, strict=True)]).to(
+            device
+        ),
     )
 
 
 def micro_batches(
     trajectories: Trajectories,
-    groups: dict[int, range],
+    prompts: Sequence[int],
     batch_tokens: int,
     *,
     parts: int = 1,
     repeat_prompt: bool = False,
-) -> Iterator[list[tuple[int, range]]]:
-    """Groups (prompt_index, rows (K,)) in batches of at most `batch_tokens` padded tokens.
-
-    A group with more is cut, and its pieces follow each other as batches of their own, of one trajectory at least.
+) -> Iterator[list[Piece]]:
+    """The groups of some prompts n, in batches of at most `batch_tokens` padded tokens. All pieces of a batch have as
+    many trajectories. A group that is too long for a batch is cut, down to single trajectories.
 
     Args:
-        parts: so many equal parts of a group, none of which shares a piece with another.
+        parts: each group as so many pieces, or more.
         repeat_prompt: each completion comes with its prompt.
     """
-    items = sorted(groups.items())
-    sizes = []  # (longest completion, prompt)
-    for _, rows in items:
-        longest, prompt = int(trajectories.completion_length[rows].max()), int(trajectories.prompt_length[rows[0]])
-        sizes.append((longest + prompt, 0) if repeat_prompt else (longest, prompt))
-    samples = len(items[0][1]) if items else 1
-    for batch in pack(sizes, samples, batch_tokens):
-        longest, prompt = sizes[batch[0]]
-        i, rows = items[batch[0]]
-        if len(batch) > 1 or samples == 1 or prompt + samples * longest <= batch_tokens:
-            yield [items[i] for i in batch]
+    samples = trajectories.samples // parts
+    pieces = [(int(n), range(part * samples, (part + 1) * samples)) for n in prompts for part in range(parts)]
+    sizes = [(int(trajectories.length[n].max()), int(trajectories.prompt_length[n])) for n, _ in pieces]
+    if repeat_prompt:
+        sizes = [(longest + prompt, 0) for longest, prompt in sizes]
+    for batch in rollout.pack(sizes, samples, batch_tokens):
+        (longest, prompt), (n, ks) = sizes[batch[0]], pieces[batch[0]]
+        if len(batch) > 1 or prompt + samples * longest <= batch_tokens:
+            yield [pieces[i] for i in batch]
             continue
         most = max(1, (batch_tokens - prompt) // longest)
-        for part in range(parts):
-            own = rows[part * samples // parts : (part + 1) * samples // parts]
-            for start in range(0, len(own), most):
-                yield [(i, own[start : start + most])]
+        for start in range(ks.start, ks.stop, most):
+            yield [(n, range(start, min(start + most, ks.stop)))]
 
 
-def completion_logps(model: PreTrainedModel, batch: Batch, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
+def completion_logps(model: PreTrainedModel, batch: Batch, temperature: float) -> tuple[Tensor, Tensor]:
     """Log-probs of the tempered policy over the vocabulary, (P*K, C, V), and of the batch's tokens, (P*K, C).
 
     Each prompt is computed once: its keys and values serve its K completions, and gradients flow back through them.
@@ -226,16 +200,13 @@ def completion_logps(model: PreTrainedModel, batch: Batch, temperature: float) -
         ids, mask = torch.cat([ids, inputs], 1), torch.cat([mask, torch.ones_like(inputs)], 1)  # (P*K, L+C-1)
         positions = (mask.cumsum(1) - 1).clamp(min=0)
         model.train()  # layers ask for it; the models here have no dropout
+        keep = batch.completion_ids.shape[1]
         logits = model(
-            input_ids=ids,
-            attention_mask=mask,
-            position_ids=positions,
-            use_cache=False,
-            logits_to_keep=batch.completion_ids.shape[1],
+            input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False, logits_to_keep=keep
         ).logits  # (P*K, C, V)
         model.eval()
     else:
-        logits, cache, mask, position = prefill(model, batch.prompt_ids, batch.prompt_mask, samples)
+        logits, cache, mask, position = rollout.prefill(model, batch.prompt_ids, batch.prompt_mask, samples)
         if inputs.shape[1]:
             rest = model(
                 input_ids=inputs,
@@ -274,11 +245,11 @@ def grpo_step(
 
     Every sequence weighs 1/(PK) whichever micro-batch it is in, so their size changes nothing beyond rounding.
     """
-    sequences = len(trajectories.rewards)  # P*K, dead groups included
+    sequences = trajectories.rewards.size  # P*K, dead groups included
     sums = dict.fromkeys(["objective", "kl", "entropy", "outside_clip", "tokens"], 0.0)
-    live, repeated = trajectories.live_groups(), model.is_gradient_checkpointing
-    for groups in micro_batches(trajectories, live, batch_tokens, repeat_prompt=repeated):
-        batch = collate(trajectories, groups, model.device)
+    live, repeated = trajectories.live(), model.is_gradient_checkpointing
+    for pieces in micro_batches(trajectories, live, batch_tokens, repeat_prompt=repeated):
+        batch = collate(trajectories, pieces, model.device)
         all_logps, logps = completion_logps(model, batch, temperature)
         with torch.set_grad_enabled(entropy > 0):
             token_entropy = -(all_logps.exp() * all_logps).sum(-1)  # (P*K, C, V) -> (P*K, C)
@@ -314,209 +285,249 @@ LOW_ENTROPY = 1e-3
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Optimizer state on disk
+# One stage
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-def moments(optimizer: torch.optim.AdamW, model: PreTrainedModel) -> dict[str, np.ndarray]:
-    """AdamW's moments, as `NAME.exp_avg` and `NAME.exp_avg_sq`."""
-    state = {name: optimizer.state[parameter] for name, parameter in model.named_parameters()}
-    return {f"{name}.{moment}": state[name][moment].cpu().numpy() for name in state for moment in MOMENTS}
+def state_of(policy: PreTrainedModel, adamw: torch.optim.AdamW) -> dict[str, Array]:
+    """Weights as NAME, AdamW's moments as NAME.exp_avg and NAME.exp_avg_sq."""
+    tensors = dict(policy.named_parameters())
+    tensors |= {f"{name}.{m}": adamw.state[parameter][m] for name, parameter in tensors.items() for m in MOMENTS}
+    return {name: values.detach().cpu().numpy() for name, values in tensors.items()}
 
 
-def optimizer_steps(optimizer: torch.optim.AdamW) -> int:
-    return int(next(iter(optimizer.state.values()))["step"])
+@torch.no_grad()
+def restore(policy: PreTrainedModel, adamw: torch.optim.AdamW, tensors: dict[str, Array], steps: int) -> None:
+    """Take over a state of AdamW after so many steps, and the weights if they are among the tensors."""
+    tensors = {name: torch.from_numpy(values).to(policy.device) for name, values in tensors.items()}
+    for name, parameter in policy.named_parameters():
+        parameter.copy_(tensors.get(name, parameter))
+        adamw.state[parameter] = {m: tensors[f"{name}.{m}"] for m in MOMENTS}
+        adamw.state[parameter]["step"] = torch.tensor(float(steps), device=policy.device)  # as a fused AdamW wants it
 
 
-def load_moments(
-    tensors: dict[str, np.ndarray], optimizer: torch.optim.AdamW, model: PreTrainedModel, steps: int
-) -> None:
-    for name, parameter in model.named_parameters():
-        state = {moment: torch.from_numpy(np.array(tensors[f"{name}.{moment}"])) for moment in MOMENTS}
-        state["step"] = torch.tensor(float(steps))
-        # on the parameter's device, where a fused optimizer wants the step too
-        optimizer.state[parameter] = {key: value.to(parameter.device) for key, value in state.items()}
+def run_stage(out: Path, recipe: dict, o: SimpleNamespace, rows: rollout.Prompts, chosen: Array) -> None:
+    """Train on the chosen prompts (N,), from the checkpoint if there is one, and write the model and its optimizer.
+    `o` holds the options of `train`."""
+    clock = time.perf_counter()
+    policy, tokenizer = rollout.load_model(o.model)  # float32: steps of 1e-6 would vanish in bfloat16
+    encoded = rollout.encode_prompts(tokenizer, [rows[i] for i in chosen], o.system, o.chat, o.data)
+    kept = rollout.fitting_prompts(str(o.selection), encoded, policy, o.max_tokens, o.max_prompt_tokens)
+    prompt_ids = {int(chosen[i]): encoded[i] for i in kept}
+    # float32 as well: rounding to bfloat16 moves log-probs by more than training does at first
+    initial = rollout.load_model(o.initial_model)[0].requires_grad_(False) if o.kl else None
+    adamw = torch.optim.AdamW(policy.parameters(), lr=o.lr, weight_decay=0.0, fused=True)
+    random, facts = np.random.default_rng(o.seed), {"adam_steps": 0, "log": [], "seconds": 0.0}
+    checkpoint, unfinished = out / "checkpoint.safetensors", recipe | {"kind": "checkpoint"}
+    if rollout.is_made(checkpoint, unfinished):
+        tensors, record = rollout.load(checkpoint, "checkpoint")
+        facts = record["facts"]
+        random.bit_generator.state = facts["random"]
+        tqdm.write(f"{checkpoint}: resuming after step {len(facts['log'])} of {o.steps}")
+        restore(policy, adamw, tensors, facts["adam_steps"])
+    elif o.optimizer:
+        tensors, record = rollout.load(o.optimizer, "optimizer")
+        facts["adam_steps"] = record["facts"]["adam_steps"]
+        restore(policy, adamw, tensors, facts["adam_steps"])
+    for parameter in policy.parameters():
+        parameter.grad = torch.zeros_like(parameter)  # so that AdamW has a state even if no group is ever live
+    engine = rollout.open_engine(o, policy, tokenizer)
+    if o.gradient_checkpointing:
+        policy.gradient_checkpointing_enable({"use_reentrant": False})
+    log, saved, allowed = facts["log"], time.monotonic(), max(1, o.max_errors * o.samples * o.batch_prompts)
+    bar = rollout.progress(range(len(log), o.steps), "train", "step", len(log))
+    for step in bar:
+        picked = random.choice(list(prompt_ids), min(o.batch_prompts, len(prompt_ids)), replace=False)
+        if step:  # of a resumed stage, the first one too
+            engine.sync(policy)
+        with named(f"step {step}"):
+            start, seed = time.perf_counter(), [o.seed, step]
+            with autocast(policy, o.dtype):
+                trajectories = rollout.sample_prompts(
+                    engine, tokenizer, policy, rows, prompt_ids, picked, o, seed, allowed
+                )
+            log.append({"step": step} | update(policy, initial, adamw, trajectories, o))
+        log[-1]["seconds_rollout"] = time.perf_counter() - start - log[-1]["seconds_update"]
+        bar.set_postfix(reward=f"{log[-1]['reward']:.2f}")
+        warn_of_collapse(log)
+        facts["adam_steps"] += o.iterations
+        facts["seconds"], clock = facts["seconds"] + time.perf_counter() - clock, time.perf_counter()
+        if step + 1 < o.steps and time.monotonic() - saved >= o.save_every:
+            state = facts | {"random": random.bit_generator.state}
+            rollout.save(checkpoint, state_of(policy, adamw), unfinished, state)
+            saved = time.monotonic()  # from the end of the save: a slow disk must not take all the time
+    with rollout.new_file(out / "model") as temporary:  # comes last: once it is there, the stage is trained
+        policy.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+        about = rollout.facts(facts["seconds"], log=log, ancestors=lineage(o.model), model=str(o.model), data=o.data)
+        about = {"model": write_record(temporary, recipe, about), "adam_steps": facts["adam_steps"]}
+        moments = {name: values for name, values in state_of(policy, adamw).items() if name.endswith(MOMENTS)}
+        rollout.save(out / "optimizer.safetensors", moments, recipe | {"kind": "optimizer"}, about)
+    tqdm.write(
+        f"{out}/model: {o.steps} steps on {len(kept)} prompts, reward {log[0]['reward']:.3f} -> {log[-1]['reward']:.3f}"
+    )
 
 
-def load_weights(tensors: dict[str, np.ndarray], model: PreTrainedModel) -> None:
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.copy_(torch.from_numpy(np.array(tensors[name])))
+def autocast(policy: PreTrainedModel, dtype: str) -> torch.autocast:
+    """Entered anew for every use: it keeps its bfloat16 copies of the weights until it is left, so one from sampling
+    would carry no gradient, and one from before an update would be stale."""
+    precision = rollout.pick_dtype(dtype)
+    return torch.autocast(policy.device.type, precision, enabled=precision != torch.float32)
 
 
-def save_optimizer(path: Path, optimizer: torch.optim.AdamW, model: PreTrainedModel, model_digest: str) -> None:
-    """The moments, tied by digest to the model they belong to."""
-    metadata = {"model": model_digest, "steps": optimizer_steps(optimizer)}
-    save_tensors(path, "optimizer", moments(optimizer, model), metadata)
+def update(
+    policy: PreTrainedModel,
+    initial: PreTrainedModel | None,
+    adamw: torch.optim.AdamW,
+    trajectories: Trajectories,
+    o: SimpleNamespace,
+) -> dict:
+    """Ascend J on a step's trajectories; returns its metrics.
+
+    Raises:
+        BadInput: NaN or infinity in the gradient.
+    """
+    clock = time.perf_counter()
+    options = {name: getattr(o, name) for name in ("temperature", "clip", "kl", "entropy", "batch_tokens")}
+    for _ in range(o.iterations):
+        adamw.zero_grad(set_to_none=False)
+        with autocast(policy, o.dtype):
+            measured = grpo_step(policy, initial, trajectories, **options)
+        norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), o.max_grad_norm).item()
+        require(np.isfinite(norm), f"gradient is not finite at prompts {sorted(trajectories.prompt_index.tolist())}")
+        adamw.step()
+    return {
+        "reward": float(trajectories.rewards.mean()),
+        "live_prompts": len(trajectories.live()),
+        "prompts": len(trajectories.rewards),
+        "trajectories": trajectories.rewards.size,
+        "truncated": float(trajectories.truncated.mean()),
+        "completion_tokens": len(trajectories.tokens),
+        **{f"reward_{name}": count for name, count in trajectories.failed.items()},
+        **measured,
+        "grad_norm": norm,
+        "seconds_update": time.perf_counter() - clock,
+    }
 
 
-def load_optimizer(path: Path, optimizer: torch.optim.AdamW, model: PreTrainedModel, model_path: Path) -> None:
-    tensors, metadata = open_tensors(path, "optimizer")
-    same = metadata["model"] == digest(model_path)
-    require(same, f"{path} is the optimizer state of another model than {model_path}")
-    load_moments(tensors, optimizer, model, metadata["steps"])
+# ---------------------------------------------------------------------------------------------------------------------
+# Files, and which model belongs to which
+
+
+@contextmanager
+def named(what: str) -> Iterator[None]:
+    """Bad input that comes up in the block is that of `what`."""
+    try:
+        yield
+    except BadInput as error:
+        raise BadInput(f"{what}: {error}") from None
+
+
+def lineage(folder: Path) -> list[str]:
+    """Identities of a model and of those it was trained from. Trajectories belong to a model if they were sampled by
+    one of these: off-policy, but not foreign."""
+    ancestors = rollout.peek(folder)["facts"]["ancestors"] if (folder / "cropi.json").exists() else []
+    return [*ancestors, rollout.model_identity(folder)]
+
+
+def write_record(folder: Path, recipe: dict, facts: dict) -> str:
+    """Write cropi.json, the record of a model folder, with the digests of its files; returns the identity."""
+    files = rollout.file_digests(folder)
+    identity = rollout.digest(json.dumps([recipe, files]))
+    record = {"recipe": recipe, "facts": facts, "identity": identity, "files": files}
+    (folder / "cropi.json").write_text(rollout.seal(record))
+    return identity
+
+
+def remove(path: Path) -> None:
+    """A file, with whatever a killed try to write it left behind."""
+    path.unlink(missing_ok=True)
+    shutil.rmtree(path.with_name(f".{path.name}.part"), ignore_errors=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The command
 
-app = new_app()
-
 
 @app.command(help=__doc__.splitlines()[0])
 def train(
-    selection: Annotated[Path, typer.Option(help="Selection file that select.py wrote.")],
-    out: Annotated[Path, typer.Option(help="Folder for model/, optimizer.safetensors and metrics.jsonl.")],
-    model: Annotated[Path, typer.Option(help="Model folder to start from.")] = TOY / "model",
-    initial_model: Annotated[Path | None, typer.Option(help="Initial policy, for KL.  [default: --model]")] = None,
-    optimizer: Annotated[Path | None, typer.Option(help="Optimizer state to go on from.  [default: fresh]")] = None,
-    data: Data = Source(TOY / "train.jsonl"),
-    steps: Annotated[int, typer.Option(min=1, help="Batches of rollouts.")] = 40,
-    batch_prompts: Annotated[int, typer.Option(min=1, help="P, prompts per step.")] = 64,
-    samples: Annotated[int, typer.Option(min=2, help="K, completions per prompt.")] = 8,
-    limit: Limit = None,
-    iterations: Annotated[int, typer.Option(min=1, help="Updates per batch of rollouts (GRPO's mu).")] = 1,
-    lr: Annotated[float, typer.Option(callback=above_zero, help="AdamW's learning rate.")] = 5e-5,
-    max_grad_norm: Annotated[float, typer.Option(callback=above_zero, help="The gradient is cut to this norm.")] = 1.0,
-    clip: Annotated[float, typer.Option(callback=above_zero, help="Ratios are cut to 1 - clip .. 1 + clip.")] = 0.2,
-    kl: Annotated[float, typer.Option(min=0, help="Weight of the KL term; 0 loads no initial policy.")] = 0.001,
-    entropy: Annotated[float, typer.Option(min=0, help="Weight of the entropy bonus.")] = 0.001,
-    temperature: Temperature = 1.0,
-    max_tokens: MaxTokens = 8,
-    max_prompt_tokens: MaxPromptTokens = None,
-    system: System = None,
-    chat: Chat = True,
+    selection: Given,
+    out: Given,
+    model: Path = TOY / "model",
+    initial_model: Path | None = None,
+    optimizer: Path | None = None,
+    data: str = str(TOY / "train.jsonl"),
+    steps: Count = 40,
+    batch_prompts: Count = 64,
+    samples: Annotated[int, typer.Option(min=2)] = 8,
+    limit: MaybeCount = None,
+    iterations: Count = 1,
+    lr: Positive = 5e-5,
+    max_grad_norm: Positive = 1.0,
+    clip: Positive = 0.2,
+    kl: Weight = 0.001,
+    entropy: Weight = 0.001,
+    temperature: Positive = 1.0,
+    max_tokens: Count = 8,
+    max_prompt_tokens: MaybeCount = None,
+    system: str | None = None,
+    chat: bool = True,
     reward: Reward = "exact",
-    reward_seconds: RewardSeconds = 10.0,
-    max_errors: MaxErrors = 0.01,
+    reward_seconds: Positive = 10.0,
+    max_errors: Annotated[float, typer.Option(min=0, max=1)] = 0.01,
     engine: Engine = "auto",
-    gpu_memory: GpuMemory = 0.3,
+    gpu_memory: Share = 0.3,
     dtype: Dtype = "auto",
-    gradient_checkpointing: Annotated[
-        bool,
-        typer.Option(
-            "--gradient-checkpointing/--no-gradient-checkpointing",
-            help="Compute activations twice instead of keeping them.",
-        ),
-    ] = False,
-    batch_tokens: BatchTokens = 16384,
-    save_every: SaveEvery = 300.0,
-    seed: Seed = 0,
-) -> list[dict]:
-    settings = settings_of(locals())
-    check_out(out / "model", model, initial_model, model=True)
-    rows = load_prompts(data, limit)
-    tensors, metadata = open_tensors(selection, "selection")
-    require(metadata["data"] == rows.digest, f"{selection} was made from other data than {data}")
-    chosen = np.array(tensors["ranked"])  # (N,)
-    model, precision = model_folder(model), pick_dtype(dtype)
-    policy, tokenizer = load_model(model)  # float32: steps of 1e-6 would vanish in bfloat16
-    half = functools.partial(torch.autocast, device().type, precision, enabled=precision != torch.float32)
-    encoded = encode_prompts(tokenizer, [rows[i] for i in chosen], system, chat, str(data))
-    kept = fitting_prompts(str(selection), encoded, policy, max_tokens, max_prompt_tokens)
-    prompt_ids = {chosen[i]: encoded[i] for i in kept}
-    chosen = chosen[kept]
-    own = metadata.get("model") in (None, *lineage(policy, model))  # a baseline's selection names no model
-    require(own, f"{selection} was made with another model than {model} or those it was trained from")
-    # float32 as well: rounding to bfloat16 moves log-probs by more than training does at first
-    initial_model = model_folder(initial_model or model)
-    initial = load_model(initial_model)[0].requires_grad_(False) if kl else None
-    adamw = torch.optim.AdamW(policy.parameters(), lr=lr, weight_decay=0.0, fused=True)
-    if optimizer:
-        load_optimizer(optimizer, adamw, policy, model)
-    for parameter in policy.parameters():
-        parameter.grad = torch.zeros_like(parameter)  # so that AdamW has a state even if no group is ever live
-    vllm = {"batch_tokens": batch_tokens, "dtype": precision, "gpu_memory": gpu_memory, "seed": seed}
-    sampler = open_engine(engine, model, policy, tokenizer, **vllm)
-    allowed = max(1, max_errors * samples * batch_prompts)
-    verdicts = {"seconds": reward_seconds, "allowed": allowed}
-    if gradient_checkpointing:
-        policy.gradient_checkpointing_enable({"use_reentrant": False})
-    sampling = {"samples": samples, "max_tokens": max_tokens, "temperature": temperature}
-    objective = {"temperature": temperature, "clip": clip, "kl": kl, "entropy": entropy, "batch_tokens": batch_tokens}
-    random = np.random.default_rng(seed)
-    log: list[dict] = []
-    files = {"model": model, "initial_model": initial_model, "selection": selection, "optimizer": optimizer}
-    made_from = {name: digest(path) for name, path in files.items() if path} | {"data": rows.digest}
-    work = Unfinished(out / "model", made_from | {"options": settings}, save_every)
-    for tensors, found in work.load("training"):
-        load_weights(tensors, policy)
-        load_moments(tensors, adamw, policy, found["steps"])
-        random.bit_generator.state, log = found["random"], found["log"]
-    resumed = len(log)
+    gradient_checkpointing: bool = False,
+    batch_tokens: Count = 16384,
+    save_every: Weight = 300.0,
+    seed: Natural = 0,
+) -> None:
+    """Options that rollout.py has as well are documented there.
 
-    def save(random_state: dict) -> None:
-        """All that the steps to come depend on."""
-        state = {"steps": optimizer_steps(adamw), "random": random_state, "log": log}
-        weights = {name: parameter.detach().cpu().numpy() for name, parameter in policy.named_parameters()}
-        work.save("training", weights | moments(adamw, policy), state, keep=False)
-
-    progress = tqdm(
-        range(resumed, steps), initial=resumed, total=steps, desc="train", unit="step", leave=False, disable=None
-    )
-    for step in progress:
-        start, drawn = time.perf_counter(), random.bit_generator.state
-        picked = random.choice(chosen, min(batch_prompts, len(chosen)), replace=False)
-        prompts = [prompt_ids[i] for i in picked]
-        if step:  # the first step of a resumed stage, too
-            sampler.sync(policy)
-        with named(f"step {step}"), half():
-            trajectories = sample_trajectories(
-                sampler,
-                tokenizer,
-                [rows[i] for i in picked],
-                picked,
-                reward,
-                policy=policy,
-                prompts=prompts,
-                verdicts=verdicts,
-                **sampling,
-                seed=[seed, step],
-            )
-        sampled = time.perf_counter()
-        for iteration in range(iterations):
-            adamw.zero_grad(set_to_none=False)
-            with named(f"step {step}"), half():
-                measured = grpo_step(policy, initial, trajectories, **objective)
-            norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), max_grad_norm).item()
-            if not np.isfinite(norm):
-                if log and not iteration:  # the weights are still those that the step began with
-                    save(drawn)
-                raise BadInput(f"step {step}: gradient is not finite at prompts {sorted(picked.tolist())}")
-            adamw.step()
-        log.append(
-            {
-                "step": step,
-                "reward": float(trajectories.rewards.mean()),
-                "live_prompts": len(trajectories.live_groups()),
-                "prompts": len(picked),
-                "trajectories": len(trajectories.rewards),
-                "truncated": float(trajectories.truncated.mean()),
-                "completion_tokens": int(trajectories.logp_offsets[-1]),
-                **{f"reward_{name}": count for name, count in trajectories.metadata.items()},
-                **measured,
-                "grad_norm": norm,
-                "seconds_rollout": sampled - start,
-                "seconds_update": time.perf_counter() - sampled,
-            }
-        )
-        progress.set_postfix(reward=f"{log[-1]['reward']:.2f}")
-        warn_of_collapse(log)
-        if step + 1 < steps and work.due():
-            save(random.bit_generator.state)
-    policy.config.cropi_ancestors = lineage(policy, model)
-    with whole_file(out / "metrics.jsonl") as temporary:
-        temporary.write_text("".join(json.dumps(line) + "\n" for line in log))
-    with whole_file(out / "model") as temporary:  # comes last: where it stands, the stage has been trained
-        policy.save_pretrained(temporary)
-        tokenizer.save_pretrained(temporary)
-        save_optimizer(out / "optimizer.safetensors", adamw, policy, digest(temporary))
-    work.finish()
-    first, last = log[0]["reward"], log[-1]["reward"]
-    tqdm.write(f"{out}/model: {steps} steps on {len(chosen)} prompts, reward {first:.3f} -> {last:.3f}")
-    return log
+    Args:
+        selection: Selection file that select.py wrote.
+        out: Folder for model/, optimizer.safetensors and metrics.jsonl.
+        model: Model folder to start from.
+        initial_model: Initial policy, for KL.  [default: --model]
+        optimizer: Optimizer state to start from.  [default: fresh]
+        steps: Batches of rollouts.
+        batch_prompts: P, prompts per step.
+        iterations: Updates per batch of rollouts (GRPO's mu).
+        lr: AdamW's learning rate.
+        max_grad_norm: The gradient is cut to this norm.
+        clip: Ratios are cut to 1 - clip .. 1 + clip.
+        kl: Weight of the KL term; 0 loads no initial policy.
+        entropy: Weight of the entropy bonus.
+        gradient_checkpointing: Compute activations twice instead of keeping them.
+        save_every: Save a checkpoint every N seconds.
+    """
+    o = SimpleNamespace(**locals())
+    rows, (tensors, record) = rollout.load_prompts(data, limit), rollout.load(selection, "selection")
+    o.model, o.initial_model = rollout.model_folder(model), rollout.model_folder(initial_model or model)
+    made_from = record["recipe"]["inputs"]
+    require(made_from["data"] == rows.digest, f"{selection} was made from other data than {data}")
+    ours = made_from["model"] in (None, *lineage(o.model))  # a baseline's selection names no model
+    require(ours, f"{selection} was made with another model than {model} or those it was trained from")
+    rollout.check_out(out)
+    inputs = {"data": rows.digest, "selection": record["identity"], "model": rollout.model_identity(o.model)}
+    inputs["initial_model"] = rollout.model_identity(o.initial_model)
+    inputs["optimizer"] = inputs["model"] if optimizer else None  # the state that belongs to the model
+    recipe = rollout.make_recipe("model", CODE, vars(o), **inputs)
+    if RANK == 0:  # trains, the others wait. Where training is shared out, it begins here.
+        if not rollout.is_made(out / "model", recipe):
+            ways = "cropi.py deletes older states (--keep-states): remove the models of all stages before this one, too"
+            require(not optimizer or optimizer.exists(), f"{optimizer}: no such file; {ways}")
+            fits = not optimizer or rollout.peek(optimizer)["facts"].get("model") == inputs["model"]
+            require(fits, f"{optimizer} is the optimizer state of another model than {model}")
+            run_stage(out, recipe, o, rows, tensors["ranked"])
+        remove(out / "checkpoint.safetensors")
+        with rollout.new_file(out / "metrics.jsonl") as temporary:
+            lines = rollout.peek(out / "model")["facts"]["log"]
+            temporary.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    rollout.barrier()
 
 
 if __name__ == "__main__":
-    command_line(app)
+    rollout.command_line(app)

@@ -8,7 +8,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import TEMPERATURE
+from conftest import TEMPERATURE, save_selection, sequence
 from transformers import AutoModelForCausalLM
 
 import rollout
@@ -56,17 +56,52 @@ def test_sequence_mean_by_hand():
 
 def test_completion_logps_are_those_of_transformers_logits(moved, ragged):
     """Shared prompts, padding on both sides: against one unpadded sequence at a time."""
-    batch = collate(ragged, list(ragged.groups().items()), moved.device)
+    batch = collate(ragged, [(n, range(6)) for n in range(40)], moved.device)
     assert (batch.prompt_mask == 0).any() and (batch.mask == 0).any()
     with torch.no_grad():
         all_logps, logps = completion_logps(moved, batch, TEMPERATURE)
     for row in range(0, len(logps), 5):
-        ids = torch.tensor(ragged.tokens[ragged.offsets[row] : ragged.offsets[row + 1]].astype(np.int64))
-        n, length = int(ragged.prompt_length[row]), int(ragged.completion_length[row])
+        ids, start, _ = sequence(ragged, *divmod(row, 6))
+        length = len(ids) - start
         with torch.no_grad():
-            expected = torch.log_softmax(moved(ids[None]).logits[0] / TEMPERATURE, -1)[n - 1 : -1]
+            expected = torch.log_softmax(moved(ids[None]).logits[0] / TEMPERATURE, -1)[start - 1 : -1]
         torch.testing.assert_close(all_logps[row, :length], expected, atol=3e-5, rtol=0)
-        torch.testing.assert_close(logps[row, :length], expected.gather(1, ids[n:, None])[:, 0], atol=3e-5, rtol=0)
+        torch.testing.assert_close(logps[row, :length], expected.gather(1, ids[start:, None])[:, 0], atol=3e-5, rtol=0)
+        assert not logps[row, length:].any()
+
+
+def test_a_piece_has_the_rows_and_the_advantages_of_its_group(ragged):
+    """Two pieces of one group, in a batch with two of another."""
+    first, second = ragged.live()[:2].tolist()
+    pieces = [(first, range(3, 6)), (second, range(3)), (first, range(3)), (second, range(3, 6))]
+    batch = collate(ragged, pieces, torch.device("cpu"))
+    assert batch.prompt_index == [first, second, first, second]
+    for row, (n, k) in enumerate((n, k) for n, ks in pieces for k in ks):
+        ids, start, behavior = sequence(ragged, n, k)
+        tokens, length = batch.mask[row].bool(), len(ids) - start
+        assert torch.equal(tokens, torch.arange(len(tokens)) < length)
+        assert torch.equal(batch.completion_ids[row, tokens], ids[start:])
+        assert torch.equal(batch.prompt_ids[row // 3][batch.prompt_mask[row // 3] == 1], ids[:start])
+        np.testing.assert_array_equal(batch.behavior_logps[row, tokens], behavior)
+        rewards = ragged.rewards[n].astype(np.float64)
+        expected = (rewards[k] - rewards.mean()) / (rewards.std(ddof=1) + 1e-6)
+        assert batch.advantages[row].item() == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+@pytest.mark.parametrize("repeat_prompt", [False, True])
+@pytest.mark.parametrize("batch_tokens", [1, 60, 150, 10**6])
+def test_batches_have_every_trajectory_once_and_keep_to_their_size(ragged, batch_tokens, parts, repeat_prompt):
+    live, seen = ragged.live(), []
+    for pieces in train.micro_batches(ragged, live, batch_tokens, parts=parts, repeat_prompt=repeat_prompt):
+        seen += [(n, k) for n, ks in pieces for k in ks]
+        batch = collate(ragged, pieces, torch.device("cpu"))  # has as many trajectories of each piece
+        repeated = len(batch.completion_ids) if repeat_prompt else len(batch.prompt_ids)
+        size = batch.prompt_ids.shape[1] * repeated + batch.completion_ids.numel()
+        assert size <= batch_tokens or len(batch.completion_ids) == 1
+        assert {len(ks) for _, ks in pieces} == {len(batch.completion_ids) // len(pieces)}
+        assert all(ks.stop <= 6 // parts or ks.start >= 6 // parts for _, ks in pieces)
+    assert sorted(seen) == [(n, k) for n in live for k in range(6)]
 
 
 def test_gradient_checkpointing_changes_nothing(moved, toy, ragged):
@@ -85,11 +120,9 @@ def test_gradient_checkpointing_changes_nothing(moved, toy, ragged):
 
 
 def test_bfloat16_autocast_is_near_float32_and_weights_stay_float32(tmp_path):
-    rows = load_prompts(TOY / "train.jsonl")
-    tensors = {"ranked": np.arange(32), "score": np.zeros(32)}
-    rollout.save_tensors(tmp_path / "s", "selection", tensors, {"data": rows.digest})
+    save_selection(tmp_path / "s", TOY / "train.jsonl", range(32))
     options = {"selection": tmp_path / "s", "steps": 2, "batch_prompts": 32, "lr": 1e-4}
-    log = {d: train.train(out=tmp_path / d, dtype=d, **options) for d in ("float32", "bfloat16")}
+    log = {d: trained(out=tmp_path / d, dtype=d, **options) for d in ("float32", "bfloat16")}
     weights = {d: rollout.load_model(tmp_path / d / "model")[0].state_dict() for d in log}
     assert all(value.dtype == torch.float32 for value in weights["bfloat16"].values())
     before = rollout.load_model(TOY / "model")[0].state_dict()
@@ -99,6 +132,15 @@ def test_bfloat16_autocast_is_near_float32_and_weights_stay_float32(tmp_path):
 
 
 OPTIONS = {"temperature": TEMPERATURE, "clip": 0.2, "kl": 0.3, "entropy": 0.2, "batch_tokens": 10**6}
+
+
+def trained(out, **options) -> list[dict]:
+    """Train; the lines of the log, which the model's record and metrics.jsonl both hold."""
+    train.train(out=out, **options)
+    log = rollout.peek(out / "model")["facts"]["log"]
+    assert [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()] == log
+    assert sorted(path.name for path in out.iterdir()) == ["metrics.jsonl", "model", "optimizer.safetensors"]
+    return log
 
 
 def gradients(model, initial, trajectories, **options):
@@ -111,23 +153,22 @@ def test_gradient_is_that_of_the_formula(moved, toy, ragged):
     """J of the file's head, written out sequence by sequence, token by token, and differentiated by autograd."""
     model, (initial, _) = copy.deepcopy(moved), toy
     objective = 0.0
-    for rows in ragged.groups().values():
-        rewards = ragged.rewards[rows].astype(np.float64)
+    for n in range(40):
+        rewards = ragged.rewards[n].astype(np.float64)
         if np.ptp(rewards) == 0:
             continue
         advantages = (rewards - rewards.mean()) / (rewards.std(ddof=1) + 1e-6)
-        for m, advantage in zip(rows, advantages, strict=True):
-            ids = torch.tensor(ragged.tokens[ragged.offsets[m] : ragged.offsets[m + 1]].astype(np.int64))
-            n = int(ragged.prompt_length[m])
+        for k, advantage in enumerate(advantages):
+            ids, start, behavior = sequence(ragged, n, k)
             logits, reference = model(ids[None]).logits[0] / TEMPERATURE, initial(ids[None]).logits[0] / TEMPERATURE
             total = 0.0
-            for t in range(n, len(ids)):
+            for t in range(start, len(ids)):
                 p, q = torch.softmax(logits[t - 1], -1), torch.softmax(reference[t - 1], -1).detach()
-                rho = p[ids[t]] / math.exp(ragged.behavior_logps[ragged.logp_offsets[m] + t - n])
+                rho = p[ids[t]] / math.exp(behavior[t - start])
                 ratio = q[ids[t]] / p[ids[t]]
                 total += torch.minimum(rho * advantage, rho.clamp(0.8, 1.2) * advantage)
                 total += -0.3 * (ratio - ratio.log() - 1) + 0.2 * -(p * p.log()).sum()
-            objective += total / (len(ids) - n) / len(ragged.rewards)
+            objective += total / (len(ids) - start) / (40 * 6)
     (-objective).backward()
     ours, measured = gradients(moved, initial, ragged)
     assert measured["objective"] == pytest.approx(objective.item(), abs=1e-5)
@@ -150,29 +191,19 @@ def test_equal_rewards_cost_no_forward_pass(moved, toy, ragged, monkeypatch):
         train, "completion_logps", lambda m, b, t: prompts.extend(b.prompt_index) or completion_logps(m, b, t)
     )
     grpo_step(model, None, ragged, **OPTIONS)
-    assert sorted(prompts) == sorted(ragged.live_groups())
-
-
-def select_rows(path, indices):
-    tensors = {"ranked": np.array(indices, np.int64)}
-    rollout.save_tensors(path, "selection", tensors, {"data": rollout.digest(TOY / "train.jsonl")})
+    assert sorted(prompts) == ragged.prompt_index[ragged.live()].tolist()
 
 
 def test_a_stage_writes_a_checkpoint_that_goes_on_exactly(tmp_path):
     """4 steps at once are 2 steps, saved, and 2 more: weights, moments and AdamW's step count are handed on."""
     rows = load_prompts(TOY / "train.jsonl")
     chosen = [i for i, row in enumerate(rows) if row["family"] in ("fst", "swp")][:24]
-    select_rows(tmp_path / "s.safetensors", chosen)
+    save_selection(tmp_path / "s.safetensors", TOY / "train.jsonl", chosen)
     options = {"selection": tmp_path / "s.safetensors", "batch_prompts": 24, "kl": 0.0, "lr": 1e-3}
     # both halves draw the random numbers of steps 0 and 1, so the unbroken run below repeats those too
-    train.train(out=tmp_path / "a", steps=2, **options)
-    train.train(
-        out=tmp_path / "b",
-        model=tmp_path / "a/model",
-        optimizer=tmp_path / "a/optimizer.safetensors",
-        steps=2,
-        **options,
-    )
+    trained(out=tmp_path / "a", steps=2, **options)
+    state = {"model": tmp_path / "a/model", "optimizer": tmp_path / "a/optimizer.safetensors"}
+    log = trained(out=tmp_path / "b", steps=2, **state, **options)
     train.train(out=tmp_path / "c", model=tmp_path / "a/model", steps=2, **options)  # without the optimizer's state
     loaded = {name: AutoModelForCausalLM.from_pretrained(tmp_path / name / "model") for name in "abc"}
     assert not torch.equal(loaded["b"].lm_head.weight, loaded["c"].lm_head.weight)
@@ -200,25 +231,56 @@ def test_a_stage_writes_a_checkpoint_that_goes_on_exactly(tmp_path):
         adamw.step()
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(dict(loaded["b"].named_parameters())[name], parameter, atol=1e-4, rtol=1e-3)
-    lines = [json.loads(line) for line in (tmp_path / "b/metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines] == [0, 1]
-    assert all(0 <= line["reward"] <= 1 and line["grad_norm"] > 0 for line in lines)
-    assert len(loaded["b"].config.cropi_ancestors) == 2
+    assert [line["step"] for line in log] == [0, 1]
+    assert all(0 <= line["reward"] <= 1 and line["grad_norm"] > 0 for line in log)
+    stages = [rollout.model_identity(path) for path in (TOY / "model", tmp_path / "a/model", tmp_path / "b/model")]
+    assert train.lineage(tmp_path / "b/model") == stages and len(set(stages)) == 3
+    moments, record = rollout.load(tmp_path / "b/optimizer.safetensors", "optimizer")
+    assert set(moments) == {f"{name}.{m}" for name, _ in model.named_parameters() for m in ("exp_avg", "exp_avg_sq")}
+    assert record["facts"]["adam_steps"] == 4 and record["facts"]["model"] == stages[2]
+    for name, parameter in model.named_parameters():
+        for m in ("exp_avg", "exp_avg_sq"):
+            theirs = adamw.state[parameter][m]
+            assert (torch.from_numpy(moments[f"{name}.{m}"]) - theirs).norm() <= 1e-2 * theirs.norm() + 1e-9, name
+
+
+def test_a_checkpoint_goes_on_where_it_was_saved(tmp_path, monkeypatch):
+    """Broken off after three steps of four, with a checkpoint after each: the same bytes as without a break."""
+    save_selection(tmp_path / "s", TOY / "train.jsonl", range(32))
+    options = {"selection": tmp_path / "s", "steps": 4, "batch_prompts": 16, "lr": 1e-3}
+    unbroken = trained(out=tmp_path / "a", **options)
+    sample, steps = rollout.sample_trajectories, []
+
+    def breaking(*arguments, **options):
+        steps.append(options["seed"][-1])
+        if steps == [0, 1, 2, 3]:
+            raise KeyboardInterrupt
+        return sample(*arguments, **options)
+
+    monkeypatch.setattr(rollout, "sample_trajectories", breaking)
+    with pytest.raises(KeyboardInterrupt):
+        train.train(out=tmp_path / "b", save_every=0, **options)
+    assert [path.name for path in (tmp_path / "b").iterdir()] == ["checkpoint.safetensors"]
+    log = trained(out=tmp_path / "b", save_every=10**6, **options)
+    assert steps == [0, 1, 2, 3, 3]
+    assert [line["reward"] for line in log] == [line["reward"] for line in unbroken]
+    for name in ("model", "optimizer.safetensors"):
+        ours, theirs = (rollout.peek(tmp_path / folder / name) for folder in "ab")
+        assert ours["identity"] == theirs["identity"]
 
 
 def test_more_iterations_move_the_ratio_off_one(tmp_path):
-    select_rows(tmp_path / "s.safetensors", range(32))
+    save_selection(tmp_path / "s.safetensors", TOY / "train.jsonl", range(32))
     options = {"selection": tmp_path / "s.safetensors", "steps": 1, "lr": 1e-3}
-    once = train.train(out=tmp_path / "a", iterations=1, **options)
-    thrice = train.train(out=tmp_path / "b", iterations=3, **options)
+    once = trained(out=tmp_path / "a", iterations=1, **options)
+    thrice = trained(out=tmp_path / "b", iterations=3, **options)
     assert once[0]["outside_clip"] == 0 < thrice[0]["outside_clip"]
 
 
 def test_a_stage_without_a_live_group_is_saved(tmp_path):
     (tmp_path / "d.jsonl").write_text('{"prompt": "rev(123)=", "answer": "impossible"}\n' * 4)
-    tensors = {"ranked": np.arange(4)}
-    rollout.save_tensors(tmp_path / "s", "selection", tensors, {"data": rollout.digest(tmp_path / "d.jsonl")})
-    log = train.train(selection=tmp_path / "s", data=tmp_path / "d.jsonl", out=tmp_path / "a", steps=2)
+    save_selection(tmp_path / "s", tmp_path / "d.jsonl", range(4))
+    log = trained(selection=tmp_path / "s", data=str(tmp_path / "d.jsonl"), out=tmp_path / "a", steps=2)
     assert [line["live_prompts"] for line in log] == [0, 0]
     before, after = rollout.load_model(TOY / "model")[0], rollout.load_model(tmp_path / "a/model")[0]
     assert torch.equal(before.lm_head.weight, after.lm_head.weight)
