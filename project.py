@@ -1,10 +1,11 @@
 """Project: the off-policy policy gradient of every prompt, sketched to k dimensions.
 
-    python project.py --model runs/mine/stage-00/model --trajectories runs/mine/rollouts/train.safetensors \\
-                      --out runs/mine/stage-01/gradients-train.safetensors
+    python project.py --model runs/mine/stage-01/model --trajectories runs/mine/rollouts/train \\
+                      --out runs/mine/stage-02/gradients-train
 
-Reads   the current model θ and a trajectory file, whose trajectories the behavior policy β sampled.
-Writes  one row per live prompt (one whose rewards differ; all other gradients are exactly 0):
+Reads   the current model θ and a folder of trajectories, which the behavior policy β sampled.
+Writes  a folder with a shard for each shard of trajectories. It has one row for each of its N live prompts (those whose
+        rewards differ; all other gradients are exactly 0), by prompt_index:
 
     sketch         float32 (N,k)  g̃(x;θ), equation 3
     prompt_index   int32   (N,)   row of the data file that the trajectories belong to
@@ -15,9 +16,6 @@ Writes  one row per live prompt (one whose rewards differ; all other gradients a
     token_kl, mean_change, largest_change  float32 (N,)   KL(β‖π_θ) and |log ρ|, mean and largest, over its tokens
     half_sketch    float32 (H,k)  g̃ from the first half of the trajectories, for some of the prompts (if K is even):
     half_index     int32   (H,)   their rows of the data file. How far the halves agree says how far to trust the ranks.
-
-The metadata hold as `diagnostics` the means of ess_*, token_kl and mean_change over the live prompts, and the largest
-of largest_change.
 
 For prompt x with K trajectories τ_k ~ β, tokens a_kt and histories h_kt, the gradient is that of the objective in
 `train.py` without clipping, with the stored trajectories in place of fresh ones:
@@ -70,52 +68,34 @@ Deviations:
  5. The released code keeps the first coordinates it comes to. Ours are random over all that is covered.
 """
 
+from __future__ import annotations
+
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Literal
 
 import numpy as np
 import torch
 import typer
-from torch import nn
-from tqdm import tqdm
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from rollout import (
-    TOY,
-    BatchTokens,
-    Dtype,
-    SaveEvery,
-    Unfinished,
-    above_zero,
-    check_out,
-    command_line,
-    digest,
-    lineage,
-    load_model,
-    model_folder,
-    new_app,
-    open_tensors,
-    open_trajectories,
-    pick_dtype,
-    require,
-    save_rows,
-    settings_of,
-)
+import rollout
+import train
+from rollout import RANK, TOY, WORLD, Array, Count, Dtype, Given, Natural, Share, Trajectories, require
 from train import Batch, collate, completion_logps, k3_kl, micro_batches, sequence_mean
 
+CODE = train.CODE | {"project": rollout.code_digest(__file__)}
+app = typer.Typer(**rollout.PLAIN)
 RATIOS = ("token", "none", "prefix", "sequence")
-STALENESS = ("token_kl", "mean_change", "largest_change", "ess_token", "ess_trajectory")
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The objective
 
 
-def importance_weights(
-    logps: torch.Tensor, behavior_logps: torch.Tensor, ratio: str, cap: float | None = None
-) -> torch.Tensor:
+def importance_weights(logps: Tensor, behavior_logps: Tensor, ratio: str, cap: float | None = None) -> Tensor:
     """w_kt of equation 2, without a gradient: (B, C) log-probs, 0 at padding -> (B, C).
 
     >>> pi, beta = torch.tensor([[0.5, 0.5, 0.3]]).log(), torch.tensor([[0.25, 0.5, 0.6]]).log()  # ρ = 2, 1, 1/2
@@ -135,39 +115,46 @@ def importance_weights(
     return log_weight.exp() if cap is None else log_weight.exp().clamp(max=cap)
 
 
-def off_policy_objective(logps: torch.Tensor, batch: Batch, ratio: str, cap: float | None = None) -> torch.Tensor:
+def off_policy_objective(logps: Tensor, batch: Batch, ratio: str, cap: float | None = None) -> Tensor:
     """What ĝ (2) is the gradient of, for each prompt: (P*K, C) -> (P,). Its value means nothing."""
     weights = importance_weights(logps, batch.behavior_logps, ratio, cap)
     value = weights * batch.advantages[:, None] * logps
     return sequence_mean(value, batch.mask).view(len(batch.prompt_ids), -1).mean(1)  # (P*K,) -> (P, K) -> (P,)
 
 
-def staleness(log_ratio: torch.Tensor, mask: torch.Tensor, prompts: int) -> dict[str, torch.Tensor]:
-    """How far π_θ has moved from β on the tokens of each of P prompts: log ρ and mask (P*K, C) -> (P,) each.
+def staleness(log_ratio: Array, length: Array) -> dict[str, Array]:
+    """How far π_θ has moved from β on the tokens of each of N prompts, (N,) each.
 
     `token_kl` estimates KL(β‖π_θ), as the tokens are β's: the mean of ρ - 1 - log ρ.
+
+    Args:
+        log_ratio: (T,) log ρ of all tokens, trajectory after trajectory, prompt after prompt.
+        length: (N, K) tokens of each trajectory.
     """
-    by_trajectory = log_ratio.sum(1).view(prompts, -1)  # (P*K, C) -> (P, K), 0 at padding
-    log_ratio, mask = log_ratio.view(prompts, -1), mask.view(prompts, -1)
-    tokens = mask.sum(1)
+    tokens, log_ratio = length.sum(1), log_ratio.astype(np.float64)
+    starts = np.cumsum(tokens) - tokens
+    by_trajectory = np.add.reduceat(log_ratio, np.cumsum(length) - length.flatten())  # (N*K,)
+    change, k3 = np.abs(log_ratio), k3_kl(torch.zeros(1), torch.from_numpy(log_ratio)).clamp(min=0).numpy()
     return {
-        "token_kl": k3_kl(torch.zeros_like(log_ratio), log_ratio).sum(1).clamp(min=0) / tokens,
-        "mean_change": log_ratio.abs().sum(1) / tokens,
-        "largest_change": log_ratio.abs().amax(1),
-        "ess_token": effective_sample_size(log_ratio, mask),
-        "ess_trajectory": effective_sample_size(by_trajectory, torch.ones_like(by_trajectory)),
+        "token_kl": np.add.reduceat(k3, starts) / tokens,
+        "mean_change": np.add.reduceat(change, starts) / tokens,
+        "largest_change": np.maximum.reduceat(change, starts),
+        "ess_token": effective_sample_size(log_ratio, tokens),
+        "ess_trajectory": effective_sample_size(by_trajectory, np.full_like(tokens, length.shape[1])),
     }
 
 
-def effective_sample_size(log_weights: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Kish's (Σw)²/(nΣw²), over the n weights of each row where the mask is 1: (P, .) -> (P,), in (0, 1].
+def effective_sample_size(log_weights: Array, counts: Array) -> Array:
+    """Kish's (Σw)²/(nΣw²) in (0, 1] for each of N groups, (N,), of n = counts[i] weights that stand one group after
+    another.
 
-    >>> effective_sample_size(torch.tensor([[1.0, 1.0, 2.0, 9.0]]).log(), torch.tensor([[1, 1, 1, 0]]))  # 4² / (3·6)
-    tensor([0.8889])
+    >>> effective_sample_size(np.log([1.0, 1.0, 2.0, 9.0]), np.array([3, 1]))  # 4² / (3·6), and a weight alone
+    array([0.88888889, 1.        ])
     """
-    log_weights = log_weights.masked_fill(mask == 0, -math.inf)
-    weights = (log_weights - log_weights.amax(1, keepdim=True)).exp()  # a common factor changes nothing
-    return weights.sum(1) ** 2 / (mask.sum(1) * (weights**2).sum(1))
+    starts = np.cumsum(counts) - counts
+    largest = np.maximum.reduceat(log_weights, starts)
+    weights = np.exp(log_weights - np.repeat(largest, counts))  # a common factor changes nothing
+    return np.add.reduceat(weights, starts) ** 2 / (counts * np.add.reduceat(weights**2, starts))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -203,7 +190,7 @@ class SparseProjection:
         self.k = k
         generator = torch.Generator().manual_seed(seed)
         # name -> (±1 for each coordinate, 0 where it is dropped; 1/√p; the shift of each lap)
-        self.blocks: dict[str, tuple[torch.Tensor, float, list[int]]] = {}
+        self.blocks: dict[str, tuple[Tensor, float, list[int]]] = {}
         for name, size in sizes.items():
             sign = torch.randint(0, 2, (size,), generator=generator, dtype=torch.int8) * 2 - 1
             sign *= torch.rand(size, generator=generator) < keep[name]
@@ -211,7 +198,7 @@ class SparseProjection:
             self.blocks[name] = (sign.to(device), keep[name] ** -0.5, shifts.tolist())
         self.coordinates = sum(int(sign.count_nonzero()) for sign, _, _ in self.blocks.values())
 
-    def add(self, sketch: torch.Tensor, name: str, gradient: torch.Tensor) -> None:
+    def add(self, sketch: Tensor, name: str, gradient: Tensor) -> None:
         """Add P gradients (P, d) of tensor `name` to their sketches (P, k) float32; overwrites the gradients."""
         sign, scale, shifts = self.blocks[name]
         gradient.mul_(sign)
@@ -251,7 +238,9 @@ class GradientSketcher:
             names[id(module.bias)]: module.bias for module in layers if getattr(module, "bias", None) is not None
         }
         others = [name for name, p in model.named_parameters() if p.ndim > 1 and name not in self.weights]
-        require(not others, f"no gradients per prompt for {', '.join(others[:3])}: only nn.Linear and nn.Embedding are")
+        require(
+            not others, f"{', '.join(others[:3])}: per-prompt gradients support only nn.Linear and nn.Embedding layers"
+        )
         sizes = {name: parameter.numel() for name, parameter in (self.weights | self.biases).items()}
         self.covered = sum(sizes.values())
         self.projection = SparseProjection(sizes, keep_probability(sizes, sparse_ratio), k, seed, model.device)
@@ -259,7 +248,7 @@ class GradientSketcher:
         largest = max(weight.numel() for weight in self.weights.values())
         self.workspace = torch.empty(max(largest, self.MATRIX_ELEMENTS), device=model.device, dtype=model.dtype)
         # weight or bias -> (the layer's input, output gradient δ) of each call; a prompt and its completions are two
-        self.caught: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {}
+        self.caught: dict[str, list[tuple[Tensor, Tensor]]] = {}
         self.hooks = [
             module.register_forward_hook(self._catch([names[id(p)] for p in module.parameters()])) for module in layers
         ]
@@ -270,11 +259,11 @@ class GradientSketcher:
             hook.remove()
 
     def _catch(self, names: list[str]) -> Callable:
-        def forward_hook(module: nn.Module, inputs: tuple, output: torch.Tensor) -> None:
+        def forward_hook(module: nn.Module, inputs: tuple, output: Tensor) -> None:
             taken = inputs[0].detach()  # activations, or an embedding's token ids
             output.requires_grad_()  # with frozen weights, nothing before the first layers would need a gradient
 
-            def backward_hook(delta: torch.Tensor) -> None:
+            def backward_hook(delta: Tensor) -> None:
                 if getattr(module, "padding_idx", None) is not None:  # the row that is never trained
                     delta = delta * (taken != module.padding_idx)[..., None]
                 for name in names:
@@ -284,7 +273,7 @@ class GradientSketcher:
 
         return forward_hook
 
-    def sketch(self, batch: Batch, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
+    def sketch(self, batch: Batch, temperature: float) -> tuple[Tensor, Tensor]:
         """g̃(x;θ) of the batch's P prompts, (P, k) float32, and log π_θ of its tokens, (P*K, C)."""
         prompts = len(batch.prompt_ids)
         _, logps = completion_logps(self.model, batch, temperature)
@@ -307,7 +296,7 @@ class GradientSketcher:
         self.caught.clear()
         return sketch, logps.detach()
 
-    def _weight_gradient(self, name: str, calls: list[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
+    def _weight_gradient(self, name: str, calls: list[tuple[Tensor, Tensor]]) -> Tensor:
         """Prompt by prompt, summed over the calls: (P, O, I) of a linear layer, (P, V, H) of an embedding."""
         weight, prompts = self.weights[name], len(calls[0][0])
         gradient = self.workspace[: prompts * weight.numel()].view(prompts, *weight.shape)
@@ -325,160 +314,116 @@ class GradientSketcher:
         return gradient
 
 
-def split_groups(batch: Batch, parts: int) -> Batch:
-    """P groups of K trajectories as P*parts groups of K/parts, their advantages as they were; (P*K, .) stays."""
-    return replace(
-        batch,
-        prompt_index=[i for i in batch.prompt_index for _ in range(parts)],
-        prompt_ids=batch.prompt_ids.repeat_interleave(parts, 0),
-        prompt_mask=batch.prompt_mask.repeat_interleave(parts, 0),
-    )
+# ---------------------------------------------------------------------------------------------------------------------
+# One shard
 
 
-def join_pieces(
-    pieces: list[tuple[range, torch.Tensor, torch.Tensor, torch.Tensor]], samples: int, parts: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """A group computed in pieces of n trajectories: rows (n,), sketch (k,), log ratios and mask (n, C) of each.
+def project_groups(
+    sketcher: GradientSketcher, groups: Trajectories, halved: Array, temperature: float, batch_tokens: int
+) -> dict[str, Array]:
+    """The tensors of a shard for N live groups, of which `halved` (N,) bool are sketched half by half.
 
-    Returns the sketches of its `parts` equal parts, (parts, k), each the mean over its trajectories, and the log ratios
-    and the mask of all, (K, C).
+    A gradient is the mean over the pieces of its group, each weighted by its number of trajectories.
+
+    Raises:
+        BadInput: NaN or infinity, naming the prompts.
     """
-    start, width = pieces[0][0].start, max(mask.shape[1] for *_, mask in pieces)
-    sketch = torch.zeros(parts, len(pieces[0][1]), device=pieces[0][1].device)
-    for rows, of_piece, _, _ in pieces:
-        sketch[(rows.start - start) * parts // samples] += of_piece * (len(rows) * parts / samples)
-    change, mask = (
-        torch.cat([nn.functional.pad(piece[n], (0, width - piece[n].shape[1])) for piece in pieces]) for n in (2, 3)
-    )
-    return sketch, change, mask
-
-
-MOST_BYTES = 1 << 26  # of sketches in memory; then they go to disk
-
-
-def join_rows(parts: Sequence[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    """Tables with the same columns, one below the other."""
-    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    device, k, samples = sketcher.model.device, sketcher.projection.k, groups.samples
+    sketch, first_half = (torch.zeros(len(halved), k, device=device) for _ in range(2))
+    log_ratio = np.zeros(len(groups.tokens), np.float32)
+    for parts, prompts in ((2, np.flatnonzero(halved)), (1, np.flatnonzero(~halved))):
+        for pieces in micro_batches(groups, prompts, batch_tokens, parts=parts):
+            batch = collate(groups, pieces, device)
+            sketches, logps = sketcher.sketch(batch, temperature)  # (P, k), (P*K, C)
+            change = (logps - batch.behavior_logps)[batch.mask > 0].cpu().numpy()  # token after token, as stored
+            for (n, ks), piece in zip(pieces, sketches, strict=True):
+                sketch[n] += piece * (len(ks) / samples)
+                if ks.stop <= samples // parts < samples:
+                    first_half[n] += piece * (len(ks) / (samples // parts))
+                span = slice(groups.span(n, ks.start).start, groups.span(n, ks.stop - 1).stop)
+                log_ratio[span], change = np.split(change, [span.stop - span.start])
+    norm = sketch.norm(dim=1).cpu().numpy()
+    bad = groups.prompt_index[~np.isfinite(norm)]
+    which = f"gradient is not finite at prompt {', '.join(map(str, bad))}"
+    require(not len(bad), f"{which}; if its weights have grown too large, set --cap")
+    return {
+        "sketch": sketch.cpu().numpy(),
+        "prompt_index": groups.prompt_index,
+        "grad_norm": norm,
+        "pass_rate": groups.rewards.mean(1),
+        "half_sketch": first_half[torch.from_numpy(halved)].cpu().numpy(),
+        "half_index": groups.prompt_index[halved],
+        **staleness(log_ratio, groups.length),
+    }
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The command
 
-app = new_app()
-
 
 @app.command(help=__doc__.splitlines()[0])
 def project(
-    trajectories: Annotated[Path, typer.Option(help="Trajectory file that rollout.py wrote.")],
-    out: Annotated[Path, typer.Option(help="Gradient file to write.")],
-    model: Annotated[Path, typer.Option(help="Model folder of the current policy.")] = TOY / "model",
-    ratio: Annotated[
-        Literal[RATIOS], typer.Option(help="Importance weight of a token; token is the paper's.")
-    ] = "token",
-    cap: Annotated[
-        float | None, typer.Option(callback=above_zero, help="Upper bound on these weights.  [default: none]")
-    ] = None,
-    k: Annotated[int, typer.Option(min=1, help="Dimensions of the sketch; the paper's is 32768.")] = 4096,
-    sparse_ratio: Annotated[
-        float, typer.Option(callback=above_zero, max=1, help="r, the share of gradient coordinates kept.")
-    ] = 1.0,
-    halves: Annotated[
-        int, typer.Option(min=0, help="Prompts whose trajectories are also sketched half by half, as a check.")
-    ] = 256,
+    trajectories: Given,
+    out: Given,
+    model: Path = TOY / "model",
+    ratio: Literal[RATIOS] = "token",
+    cap: Annotated[float | None, typer.Option(callback=rollout.above_zero)] = None,
+    k: Count = 4096,
+    sparse_ratio: Share = 1.0,
+    halves: Natural = 512,
     dtype: Dtype = "auto",
-    batch_tokens: BatchTokens = 4096,
-    save_every: SaveEvery = 300.0,
-    seed: Annotated[int, typer.Option(min=0, help="Of the projection; all files of one selection need the same.")] = 0,
-) -> dict[str, float]:
-    settings = settings_of(locals())
-    check_out(out, trajectories, model)
-    stored = open_trajectories(trajectories)
-    live = stored.live_groups()
-    require(
-        bool(live),
-        f"{trajectories}: no live prompt, every group's rewards are equal; take more samples or easier prompts",
-    )
-    model = model_folder(model)
-    policy, _ = load_model(model, pick_dtype(dtype))
-    require(
-        stored.metadata["model"] in lineage(policy, model),
-        f"{trajectories} was sampled by another model than {model} or those it was trained from; run rollout.py again",
-    )
-    sketcher = GradientSketcher(policy, k, sparse_ratio, seed, ratio, cap)
-    require(
-        sketcher.projection.coordinates > 0, f"--sparse-ratio {sparse_ratio:g} keeps no coordinate; take a larger one"
-    )
-    tqdm.write(
-        f"{trajectories}: {len(live)} live prompts of {stored.metadata['prompts']}; "
-        f"{sketcher.projection.coordinates:,} of {sketcher.covered:,} covered coordinates kept "
-        f"({policy.num_parameters():,} parameters) -> k = {k:,}; {len(live) * k * 4 / 1e6:.1f} MB"
-    )
-    temperature = stored.metadata["options"]["temperature"]
-    options = {"k": k, "sparse_ratio": sparse_ratio, "seed": seed, "ratio": ratio, "cap": cap}
-    metadata = {
-        "model": digest(model),
-        "trajectories": digest(trajectories),
-        "data": stored.metadata["data"],
-        "prompts": stored.metadata["prompts"],
-        "options": options | {"temperature": temperature},
-    }
-    even = stored.metadata["options"]["samples"] % 2 == 0  # an odd number of trajectories has no halves
-    halved = set(np.random.default_rng(seed).permutation(list(live))[: halves if even else 0].tolist())
-    samples = len(next(iter(live.values())))
-    plan = []  # (into how many parts each group is cut, the batch)
-    for parts in (2, 1):
-        some = {i: group for i, group in live.items() if (i in halved) == (parts == 2)}
-        plan += [(parts, groups) for groups in micro_batches(stored, some, batch_tokens, parts=parts)]
-    work = Unfinished(out, metadata | {"options": settings}, save_every)
-    saved = work.load("gradients")
-    done, fresh, pieces = saved[-1][1]["batches"] if saved else 0, [], []
-    with tqdm(total=len(live), desc=f"project {trajectories.stem}", unit="prompt", leave=False, disable=None) as bar:
-        bar.update(sum(len(tensors["prompt_index"]) for tensors, _ in saved))
-        for n, (parts, groups) in enumerate(plan[done:], done + 1):
-            batch = collate(stored, groups, policy.device)
-            cut = len(groups[0][1]) < samples
-            sketch, logps = sketcher.sketch(batch if cut else split_groups(batch, parts), temperature)
-            change, mask = logps - batch.behavior_logps, batch.mask
-            if cut:
-                pieces.append((groups[0][1], sketch[0], change, mask))
-                if groups[0][1].stop < live[groups[0][0]].stop:
-                    continue
-                sketch, change, mask = join_pieces(pieces, samples, parts)
-                pieces.clear()
-            sketch = sketch.view(len(groups), parts, k)
-            half = sketch[: len(groups) * (parts - 1), 0]  # (P, k), or none
-            sketch = sketch.mean(1)  # the gradient is the mean over trajectories, so over halves
-            found = {"sketch": sketch, "half_sketch": half, "grad_norm": sketch.norm(dim=1)}
-            finite = torch.isfinite(found["grad_norm"]).tolist()
-            bad = [i for i, ok in zip(batch.prompt_index, finite, strict=True) if not ok]
-            which = f"prompt {', '.join(map(str, bad))} of {trajectories}"
-            require(not bad, f"gradient is not finite at {which}; if its weights have grown too large, set --cap")
-            found |= staleness(change, mask, len(groups))
-            fresh.append({name: values.cpu().numpy() for name, values in found.items()})
-            fresh[-1]["prompt_index"] = np.array(batch.prompt_index, np.int32)
-            bar.update(len(groups))
-            full = sum(tensors["sketch"].nbytes for tensors in fresh) > MOST_BYTES
-            if n < len(plan) and (full or work.due()):
-                work.save("gradients", join_rows(fresh), {"batches": n})
-                fresh = []
-    sources = [*(open_tensors(path, "gradients")[0] for path in work.parts), *([join_rows(fresh)] if fresh else [])]
-    columns = join_rows([{name: x for name, x in source.items() if name != "sketch"} for source in sources])
-    rates = stored.pass_rates()
-    columns["pass_rate"] = np.array([rates[i] for i in columns["prompt_index"].tolist()], np.float32)
-    if halved:
-        columns["half_index"] = columns["prompt_index"][: len(halved)]
-    else:
-        del columns["half_sketch"]
-    means = {name: float(values.mean()) for name, values in columns.items() if name in STALENESS}
-    means["largest_change"] = float(columns["largest_change"].max())
-    metadata["diagnostics"] = {"live_prompts": len(live)} | means
-    with save_rows(out, "gradients", "sketch", (len(live), k), columns, metadata) as write:
-        for source in sources:
-            write(source["sketch"])
-    work.finish()
-    sketcher.close()
-    return metadata["diagnostics"]
+    batch_tokens: Count = 4096,
+    seed: Natural = 0,
+) -> None:
+    """Options that rollout.py has as well are documented there.
+
+    Args:
+        trajectories: Folder of trajectories that rollout.py wrote.
+        model: Model folder of the current policy.
+        ratio: Importance weight of a token; token is the paper's.
+        cap: Upper bound on these weights.  [default: none]
+        k: Dimensions of the sketch; the paper's is 32768.
+        sparse_ratio: r, the share of gradient coordinates kept.
+        halves: So many prompts of the set are, if live, also sketched half by half, as a check.
+        seed: Of the projection; all gradients of one selection need the same.
+    """
+    options, model = dict(locals()), rollout.model_folder(model)
+    paths = rollout.shard_paths(trajectories, "trajectories")
+    records = [rollout.peek(path) for path in paths]
+    sampled_from, count = records[0]["recipe"]["inputs"], records[0]["recipe"]["shard"]["count"]
+    foreign = f"{trajectories} was sampled by another model than {model} or those it was trained from"
+    require(sampled_from["model"] in train.lineage(model), f"{foreign}; run rollout.py again")
+    live = sum(record["facts"]["live"] for record in records)
+    dead = f"{trajectories}: no live prompt, every group's rewards are equal; take more samples or easier prompts"
+    require(live > 0, dead)
+    rollout.check_out(out)
+    inputs = {"model": rollout.model_identity(model), "data": sampled_from["data"]}
+    recipe, missing = rollout.make_recipe("gradients", CODE, options, **inputs), []
+    for path, record in list(zip(paths, records, strict=True))[RANK::WORLD]:
+        of_shard = {"inputs": inputs | {"trajectories": record["identity"]}, "shard": record["recipe"]["shard"]}
+        if not rollout.is_made(out / path.name, recipe | of_shard):
+            missing.append((path, recipe | of_shard))
+    if missing:
+        clock, policy = time.perf_counter(), rollout.load_model(model, rollout.pick_dtype(dtype))[0]
+        sketcher = GradientSketcher(policy, k, sparse_ratio, seed, ratio, cap)
+        kept, size = sketcher.projection.coordinates, live * k * 4 / 1e6
+        require(kept > 0, f"--sparse-ratio {sparse_ratio:g} keeps no coordinate; take a larger one")
+        said = (
+            f"{kept:,} of {sketcher.covered:,} coordinates kept ({policy.num_parameters():,} parameters) -> k = {k:,}"
+        )
+        rollout.say(f"{trajectories}: {live} live prompts of {count}; {said}; {size:.1f} MB")
+        chosen = np.random.default_rng(seed).permutation(count)[:halves]  # a matter of seed and prompt alone
+        for path, made_from in rollout.progress(missing, f"project {trajectories.name}", "shard"):
+            groups, record = rollout.load_trajectories(path)
+            groups, temperature = groups.take(groups.live()), record["recipe"]["options"]["temperature"]
+            halved = np.isin(groups.prompt_index, chosen) & (groups.samples % 2 == 0)  # an odd K has no halves
+            with train.named(str(path)):
+                tensors = project_groups(sketcher, groups, halved, temperature, batch_tokens)
+            seconds, clock = time.perf_counter() - clock, time.perf_counter()
+            rollout.save(out / path.name, tensors, made_from, rollout.facts(seconds))
+        sketcher.close()
+    rollout.barrier()
 
 
 if __name__ == "__main__":
-    command_line(app)
+    rollout.command_line(app)

@@ -1,34 +1,44 @@
 """Select: rank the prompts by influence on the validation sets, and choose the top share.
 
-    python select.py --data toy/train.jsonl --trajectories runs/mine/rollouts/train.safetensors \\
-                     --gradients runs/mine/stage-00/gradients-train.safetensors \\
-                     --valid-gradients runs/mine/stage-00/gradients-valid-rev.safetensors \\
-                     --valid-gradients runs/mine/stage-00/gradients-valid-srt.safetensors \\
-                     --out runs/mine/stage-00/selection.safetensors
+    python select.py --data toy/train.jsonl --trajectories runs/mine/rollouts/train \\
+                     --gradients runs/mine/stage-01/gradients-train \\
+                     --valid-gradients runs/mine/stage-01/gradients-valid-rev \\
+                     --valid-gradients runs/mine/stage-01/gradients-valid-srt \\
+                     --out runs/mine/stage-01/selection.safetensors
 
 Reads   the sketches that `project.py` wrote for the training prompts and for V validation sets.
-Writes  N chosen prompts, best first, and beside it the same for people, a CSV with a line per candidate:
+Writes  the n chosen of the pool's N prompts, and the scores of all, NaN where there are none; beside it a CSV for
+        people, with a line for every candidate:
 
-    ranked       int64   (N,)   rows of the data file
-    score        float64 (N,)   their fused score
-    score_by_set float64 (N,V)  their cosine with each validation set
-    rank_by_set  int64   (N,V)  their rank among the live prompts, 1 is best
+    ranked    int64   (n,)    the chosen rows of the data set, best first
+    score     float64 (N,)    the selector's score, higher is better
+    pass_rate float64 (N,)    mean reward of the stored trajectories
+    cosine    float64 (N,V)   with each validation set
+    rank      int64   (N,V)   by this cosine among the live prompts, 1 is best, 0 is dead
 
-The metadata and a printed line hold `diagnostics`: how stale the trajectories are, how far two halves of the data agree
-on the ranking, and what else it resembles; with a warning where it should not be trusted.
+The facts and a printed line hold `diagnostics`: how stale the trajectories are, how far two halves of the data agree on
+the ranking, and what else it resembles; with a warning where it should not be trusted.
 
 A step of size η along the gradient of x changes the validation objective by η⟨∇J_V, ∇J_x⟩ (1). In its place stand
 
     s_V(x)   = cos( g̃(x), mean of g̃(v) over the live prompts v of V )                                         (4)
-    score(x) = Σ_V 1/rank_V(x)  over the sets in whose top N it stands,  N = frac·|D|                         (5)
+    score(x) = Σ_V 1/rank_V(x)  over the sets in whose top n it stands,  n = frac·|D|                         (5)
 
-N counts the whole pool, is rounded, and at least 1. (Dead validation prompts would only scale the mean.) Only live
-prompts can be chosen, so fewer than N are where fewer are live. Equal fused scores are ordered by mean cosine, then by
-index.
+n = max(1, round(frac·|D|)), |D| = N being the whole pool. Only live prompts have a gradient, so if fewer than n are
+live, all of them are chosen. (Dead validation prompts would only scale the mean.) Equal fused scores are ordered by
+mean cosine, then by index.
 
-The baselines choose from the whole pool, equals in random order: `full` (everything), `random`, and by the pass rate p
-of the stored trajectories `pass-rate` (p nearest to 1/2) and `learnability` (largest p(1-p)). As p(1-p) is
-1/4 - (p - 1/2)², the last two are one order here, where both use the same p; the field knows both names.
+A selector is a function of any of these parameters, by name; what it does not ask for is not computed. N is the whole
+pool; NaN stands for unknown, or not live:
+
+    rows      the N rows of the data     random    numpy's generator, seeded       frac     share to choose
+    stage     1, 2, ...                  previous  rows chosen in the stage before, best first, or None
+    pass_rate, length, truncated  (N,)   means over the stored trajectories of a prompt
+    cosine, inner                 (N,V)  of its sketch with the mean sketch of each validation set
+    grad_norm                     (N,)   norm of its sketch
+
+It returns scores (N,): higher is better, NaN is never chosen, equals are ordered by index. `--selector` takes one of
+SELECTORS below, or FILE.py:FUNCTION.
 """
 
 from __future__ import annotations  # no annotation below is evaluated when this file is asked for as `select`
@@ -48,67 +58,40 @@ if __name__ == "select":
     _spec.loader.exec_module(_module)
     sys.modules["select"] = _module
 else:
+    import copy
     import csv
-    from collections.abc import Iterator
+    import inspect
+    import time
+    from collections.abc import Callable
     from pathlib import Path
-    from typing import Annotated, Literal
+    from typing import Annotated
 
     import numpy as np
     import typer
-    from tqdm import tqdm
 
-    from rollout import (
-        Data,
-        Limit,
-        above_zero,
-        check_out,
-        command_line,
-        digest,
-        load_prompts,
-        new_app,
-        open_tensors,
-        open_trajectories,
-        require,
-        save_tensors,
-        whole_file,
-    )
+    import rollout
+    from rollout import RANK, Array, BadInput, require
 
-METHODS = ("influence", "full", "random", "pass-rate", "learnability")
 # Where to warn. On the bundled world (bench/drift.py; K = 8, answers of up to 8 tokens) the first is crossed after some
 # 80 steps. From there on the selection shares 0.34, later 0.27 of its prompts with one from many fresh trajectories,
 # where 8 fresh ones a prompt would share 0.52, later 0.43.
 STALE = 0.65  # effective sample size of trajectories
 NOISY = 0.2  # split-half overlap of the top 10%: twice chance; a convention, no run of the bundled world came near it
-ROWS = 1024  # sketches in memory at a time
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The formulas
 
 
-def blocks(sketch: np.ndarray) -> Iterator[np.ndarray]:
-    """Some rows (n, k) at a time of sketches (N, k) that may be larger than memory, in float64."""
-    for start in range(0, len(sketch), ROWS):
-        yield np.array(sketch[start : start + ROWS], np.float64)
-
-
-def mean_sketch(sketch: np.ndarray) -> np.ndarray:
-    """Mean of g̃ over the rows, in equation 4: (N, k) -> (k,)."""
-    return sum(block.sum(0) for block in blocks(sketch)) / len(sketch)
-
-
-def cosines(sketch: np.ndarray, directions: np.ndarray) -> np.ndarray:
+def cosines(sketch: Array, directions: Array) -> Array:
     """Equation 4: cosine of every sketch (N, k) with V directions (V, k): (N, V). With a zero vector it is 0."""
     directions = directions / np.maximum(np.linalg.norm(directions, axis=1, keepdims=True), 1e-30)
-    scores = []
-    for block in blocks(sketch):
-        norms = np.maximum(np.linalg.norm(block, axis=1, keepdims=True), 1e-30)
-        scores.append(block @ directions.T / norms)  # (n, k) x (k, V) -> (n, V)
-    return np.concatenate(scores)
+    norms = np.maximum(np.linalg.norm(sketch, axis=1, keepdims=True), 1e-30)
+    return sketch @ directions.T / norms  # (N, k) x (k, V) -> (N, V)
 
 
-def ranks(scores: np.ndarray) -> np.ndarray:
-    """Rank of each row within each column, 1 for the largest, equals in row order: (N, V) -> (N, V) int64.
+def ranks(scores: Array) -> Array:
+    """Rank of each row within each column, 1 for the largest, equals in row order, NaN last: (N, V) -> (N, V) int64.
 
     >>> ranks(np.array([[0.1, 0.9], [0.5, 0.2]])).tolist()
     [[2, 1], [1, 2]]
@@ -116,20 +99,165 @@ def ranks(scores: np.ndarray) -> np.ndarray:
     return np.argsort(np.argsort(-scores, axis=0, kind="stable"), axis=0, kind="stable") + 1
 
 
-def reciprocal_rank_fusion(rank_by_set: np.ndarray, top: int) -> np.ndarray:
+def reciprocal_rank_fusion(rank: Array, top: int) -> Array:
     """Equation 5: Σ 1/rank over the sets where the rank is at most `top`: (N, V) -> (N,).
 
     >>> reciprocal_rank_fusion(np.array([[2, 1], [1, 3], [3, 2]]), top=2).tolist()  # 1/2 + 1/1, 1/1, 1/2
     [1.5, 1.0, 0.5]
     """
-    return np.where(rank_by_set <= top, 1.0 / rank_by_set, 0.0).sum(1)
+    return np.where(rank <= top, 1.0 / rank, 0.0).sum(1)
+
+
+def top_count(frac: float, pool: int) -> int:
+    """n of equation 5."""
+    return max(1, round(frac * pool))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The selectors
+
+CLOSE = 1e-9  # scores nearer than that are equal; a tie is broken by adding less
+
+
+def influence(cosine: Array, frac: float) -> Array:
+    """Equations 4 and 5, the paper's; ties by mean cosine."""
+    fused = reciprocal_rank_fusion(ranks(cosine), top_count(frac, len(cosine)))
+    tie = 1 - ranks(cosine.mean(1, keepdims=True))[:, 0] / len(cosine)  # in [0, 1), larger for a larger mean cosine
+    return np.where(np.isnan(cosine).any(1), np.nan, fused + CLOSE * tie)
+
+
+def full(rows: list[dict]) -> Array:
+    """Everything: `frac` does not hold."""
+    return np.zeros(len(rows))
+
+
+def random_prompts(rows: list[dict], random: np.random.Generator) -> Array:
+    return random.random(len(rows))
+
+
+def nearest_pass_rate(pass_rate: Array, random: np.random.Generator) -> Array:
+    """The pass rate p nearest to 1/2; equals in random order."""
+    return -np.abs(pass_rate - 0.5).round(6) - CLOSE * random.random(len(pass_rate))  # rounded: 1/3 and 2/3 are equals
+
+
+def learnability(pass_rate: Array, random: np.random.Generator) -> Array:
+    """The largest p(1-p), which is 1/4 - (p - 1/2)²: the order of the one above. The field knows both names."""
+    return (pass_rate * (1 - pass_rate)).round(6) - CLOSE * random.random(len(pass_rate))
+
+
+SELECTORS: dict[str, Callable[..., Array]] = {
+    "influence": influence,
+    "full": full,
+    "random": random_prompts,
+    "pass-rate": nearest_pass_rate,
+    "learnability": learnability,
+}
+# What a selector may ask for: of trajectories, of gradients too, of validation gradients too.
+OF_TRAJECTORIES, OF_GRADIENTS, OF_VALIDATION = {"pass_rate", "length", "truncated"}, {"grad_norm"}, {"cosine", "inner"}
+OF_ALL = {"rows", "random", "stage", "previous", "frac"}
+
+
+def asks_for(selector: str) -> set[str]:
+    """The parameters of a selector.
+
+    Raises:
+        BadInput: there is no such selector, or it has a parameter of another name.
+    """
+    names = set(inspect.signature(rollout.load_function(selector, SELECTORS, "selector")).parameters)
+    known = OF_ALL | OF_TRAJECTORIES | OF_GRADIENTS | OF_VALIDATION
+    strange = f"selector {selector!r} asks for {', '.join(sorted(names - known))}; there is {', '.join(sorted(known))}"
+    require(names <= known, strange)
+    return names
+
+
+def known_selector(selector: str) -> str:
+    """Check of the option `--selector`."""
+    asks_for(selector)
+    return selector
+
+
+def scores_of(selector: str, known: dict) -> Array:
+    """Call a selector with what it asks for: scores (N,).
+
+    Raises:
+        BadInput: it raises, returns something else than N numbers, or chooses nothing.
+    """
+    count = len(known["rows"])
+    try:
+        given = copy.deepcopy({name: known[name] for name in asks_for(selector)})  # it may write into them
+        score = np.array(rollout.load_function(selector, SELECTORS, "selector")(**given), np.float64)
+    except Exception as error:  # whatever a selector may raise
+        raise BadInput(f"selector {selector!r} raised {type(error).__name__}: {error}") from error
+    require(score.shape == (count,), f"selector {selector!r} returned shape {score.shape}, not ({count},)")
+    require(not np.isnan(score).all(), f"selector {selector!r} returned nothing but NaN, so nothing can be chosen")
+    return score
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What the selectors see
+
+
+def spread(values: Array, rows: Array, count: int) -> Array:
+    """Put values (n, ...) of some rows of the data into a table of all: (N, ...), NaN elsewhere."""
+    table = np.full((count, *values.shape[1:]), np.nan)
+    table[rows] = values
+    return table
+
+
+def join(tables: list[dict[str, Array]]) -> dict[str, Array]:
+    """Tables with the same columns, one below the other."""
+    return {name: np.concatenate([table[name] for table in tables]) for name in tables[0]}
+
+
+def load_set(folder: Path, kind: str) -> dict[str, Array]:
+    """The tensors of all shards, joined: for sets that fit into memory, without ragged tensors."""
+    return join([rollout.load(path, kind)[0] for path in rollout.shard_paths(folder, kind)])
+
+
+def of_trajectories(folder: Path, count: int) -> dict[str, Array]:
+    """pass_rate, length, truncated: means over the stored trajectories of each of N prompts, (N,) each."""
+    stored = load_set(folder, "trajectories")
+    columns = {"pass_rate": "rewards", "length": "length", "truncated": "truncated"}
+    return {name: spread(stored[of].mean(1), stored["prompt_index"], count) for name, of in columns.items()}
+
+
+def of_gradients(gradients: Path, valid_gradients: list[Path], count: int) -> tuple[dict[str, Array], dict]:
+    """cosine, inner (N,V) and grad_norm (N,) of the pool's N prompts; and the diagnostics that sketches allow."""
+    valid = [load_set(folder, "gradients") for folder in valid_gradients]
+    # Means over the live prompts of each set (4), (V, k); and over every second one, 0 if there is none, (V, 2, k).
+    directions = np.array([tensors["sketch"].mean(0, np.float64) for tensors in valid])
+    halves = np.array(
+        [[x.sum(0, np.float64) / max(1, len(x)) for x in (t["sketch"][::2], t["sketch"][1::2])] for t in valid]
+    )
+    columns, wholes, firsts = [], [], []
+    for path in rollout.shard_paths(gradients, "gradients"):  # one at a time: a large pool's do not fit into memory
+        tensors, _ = rollout.load(path, "gradients")
+        sketch = tensors.pop("sketch").astype(np.float64)  # (n, k)
+        wholes.append(sketch[np.isin(tensors["prompt_index"], tensors.pop("half_index"))])
+        firsts.append(tensors.pop("half_sketch"))
+        if valid:
+            tensors |= {"cosine": cosines(sketch, directions), "inner": sketch @ directions.T}
+        columns.append(tensors)
+    pool = join(columns)
+    diagnostics = {"live_prompts": len(pool["prompt_index"])}
+    for name in STALENESS:
+        mean, worst = np.max if name == "largest_change" else np.mean, min if name.startswith("ess") else max
+        diagnostics[name] = float(mean(pool[name]))
+        if valid:
+            diagnostics[f"valid_{name}"] = float(worst(mean(tensors[name]) for tensors in valid))
+    diagnostics |= split_half(np.concatenate(wholes), np.concatenate(firsts), halves)
+    names = ("grad_norm", "cosine", "inner") if valid else ("grad_norm",)
+    return {name: spread(pool[name], pool["prompt_index"], count) for name in names}, diagnostics
+
+
+STALENESS = ("token_kl", "mean_change", "largest_change", "ess_token", "ess_trajectory")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Diagnostics: is the ranking more than noise, and what else does it resemble?
 
 
-def overlap(one: np.ndarray, other: np.ndarray) -> float:
+def overlap(one: Array, other: Array) -> float:
     """Share of the first array's elements that are in the second.
 
     >>> overlap(np.array([3, 1, 4, 5]), np.array([5, 9, 2, 4]))
@@ -138,38 +266,47 @@ def overlap(one: np.ndarray, other: np.ndarray) -> float:
     return float(np.isin(one, other).mean())
 
 
-def top_overlap(one: np.ndarray, other: np.ndarray, share: float = 0.1) -> float:
+def top_overlap(one: Array, other: Array, share: float = 0.1) -> float:
     """Overlap of the best `share` of N prompts in two tables of scores (N, V), mean over the V sets."""
-    top = max(1, round(share * len(one)))
-    best = [np.argsort(-scores, axis=0, kind="stable")[:top] for scores in (one, other)]
+    best = [np.argsort(-scores, axis=0, kind="stable")[: top_count(share, len(one))] for scores in (one, other)]
     return float(np.mean([overlap(a, b) for a, b in zip(best[0].T, best[1].T, strict=True)]))
 
 
-def split_half(train: dict[str, np.ndarray], directions: np.ndarray) -> dict[str, float]:
-    """Agreement of two rankings from separate halves of the data: of the trajectories of some H training prompts, and
-    of the prompts of each validation set, whose mean sketches are `directions` (V, 2, k).
+def split_half(whole: Array, first: Array, directions: Array) -> dict[str, float]:
+    """Agreement of two rankings from separate halves of the data: of the trajectories of some H training prompts, whose
+    sketches are `whole` (H, k) and, from the first half, `first` (H, k); and of the prompts of each validation set,
+    whose mean sketches are `directions` (V, 2, k).
 
     `noise` is the standard deviation of a cosine over draws of that data. With the halves written as g ± e and d ± f,
     the difference of their inner products is 2(⟨e,d⟩ + ⟨g,f⟩): twice what ⟨g,d⟩ varies by.
     """
-    if len(train.get("half_sketch", ())) < 20 or not directions.any((1, 2)).all():
+    if len(first) < 20 or not len(directions) or not directions.any(2).all():
         return {}
-    row = {i: row for row, i in enumerate(train["prompt_index"].tolist())}
-    whole = train["sketch"][[row[i] for i in train["half_index"].tolist()]].astype(np.float64)  # (H, k)
-    one = train["half_sketch"].astype(np.float64)
-    products = np.stack([one @ directions[:, 0].T, (2 * whole - one) @ directions[:, 1].T])  # (2, H, V)
+    second = 2 * whole - first
+    products = np.stack([first @ directions[:, 0].T, second @ directions[:, 1].T])  # (2, H, V)
     norms = np.linalg.norm(whole, axis=1)[:, None] * np.linalg.norm(directions.mean(1), axis=1)  # (H, V)
     noise = float(((products[0] - products[1]) / np.maximum(norms, 1e-30)).std(0).mean() / 2)
-    scores = cosines(one, directions[:, 0]), cosines(2 * whole - one, directions[:, 1])
-    return {"split_half": top_overlap(*scores), "noise": noise}
+    return {
+        "split_half": top_overlap(cosines(first, directions[:, 0]), cosines(second, directions[:, 1])),
+        "noise": noise,
+    }
 
 
-def margin(score_by_set: np.ndarray, top: int) -> dict[str, float]:
-    """By how much the cosine (N, V) of rank `top` exceeds the next one, mean over the sets."""
-    if len(score_by_set) <= top:
-        return {}  # all are chosen
-    ordered = -np.sort(-score_by_set, axis=0)
-    return {"margin": float((ordered[top - 1] - ordered[top]).mean())}
+def margin(cosine: Array, top: int) -> dict[str, float]:
+    """By how much the cosine (N, V) of rank `top` exceeds the next one, mean over the sets; empty if all are chosen."""
+    gaps = -np.diff(-np.sort(-cosine, axis=0), axis=0)[top - 1 : top]  # (1, V)
+    return {"margin": float(gaps.mean())} if len(gaps) else {}
+
+
+def resemblance(chosen: Array, known: dict) -> dict[str, float]:
+    """What else the choice looks like: one by p(1-p), one by the length of the answers."""
+    learnable = np.argsort(-learnability(known["pass_rate"], known["random"]), kind="stable")[: len(chosen)]
+    diagnostics = {"overlap_learnability": overlap(chosen, learnable)}
+    cosine, length = known["cosine"].mean(1), known["length"]
+    live = ~np.isnan(cosine)
+    if np.ptp(length[live]) > 0 and np.ptp(cosine[live]) > 0:
+        diagnostics["length_correlation"] = float(np.corrcoef(cosine[live], length[live])[0, 1])
+    return diagnostics
 
 
 def sentence(diagnostics: dict[str, float], chance: float) -> str:
@@ -196,72 +333,18 @@ def sentence(diagnostics: dict[str, float], chance: float) -> str:
 
 def warnings(diagnostics: dict[str, float]) -> list[str]:
     """In plain words, where the ranking is not to be trusted."""
-    found = []
+    said = []
     if diagnostics.get("ess_trajectory", 1.0) < STALE:
-        found.append(
+        said.append(
             f"warning: the policy has moved away from the stored trajectories (effective sample size of trajectories "
             f"below {STALE}); sample them anew, as cropi.py run --refresh-every does"
         )
     if diagnostics.get("split_half", 1.0) < NOISY:
-        found.append(
+        said.append(
             f"warning: rankings from two halves of the data share less than {NOISY:.0%} of their top 10%, so the "
             "ranking is mostly noise; sample more completions per prompt, or take more validation prompts"
         )
-    return found
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The methods
-
-
-def by_influence(
-    gradients: Path, valid_gradients: list[Path], sources: dict, top: int
-) -> tuple[dict[str, np.ndarray], dict]:
-    """All candidates, best first, with the tensors of a selection file; the metadata of the training gradients.
-
-    To the diagnostics of `project.py` in the metadata come those of the scores.
-    """
-    train, metadata = open_tensors(gradients, "gradients")
-    same = metadata["trajectories"] == sources["trajectories"]
-    require(same, f"{gradients} was made from other trajectories than those given; run project.py again")
-    directions, halves, stale = [], [], {}
-    for path in valid_gradients:
-        valid, found = open_tensors(path, "gradients")
-        for key, thing in (("model", "model"), ("options", "projection")):
-            same = found[key] == metadata[key]
-            require(same, f"{path} was made with another {thing} than {gradients}; run project.py again for both")
-        directions.append(mean_sketch(valid["sketch"]))
-        split = len(valid["sketch"]) > 1  # else no halves, which zeros stand for
-        halves.append([mean_sketch(valid["sketch"][start::2]) if split else 0 * directions[-1] for start in (0, 1)])
-        for name, worst in (("token_kl", max), ("ess_token", min), ("ess_trajectory", min)):
-            value = found["diagnostics"][name]
-            stale[f"valid_{name}"] = worst(value, stale.get(f"valid_{name}", value))
-    prompt_index = train["prompt_index"].astype(np.int64)
-    by_index = np.argsort(prompt_index)  # file order is a matter of batching; the last tie-break is the index
-    score_by_set = cosines(train["sketch"], np.stack(directions))[by_index]
-    rank_by_set = ranks(score_by_set)
-    score = reciprocal_rank_fusion(rank_by_set, top)
-    order = np.lexsort((-score_by_set.mean(1), -score))  # by score, then by mean cosine
-    metadata["diagnostics"] |= stale | margin(score_by_set, top) | split_half(train, np.array(halves))
-    return {
-        "ranked": prompt_index[by_index][order],
-        "score": score[order],
-        "score_by_set": score_by_set[order],
-        "rank_by_set": rank_by_set[order],
-    }, metadata
-
-
-def by_baseline(method: str, pass_rate: np.ndarray, seed: int) -> dict[str, np.ndarray]:
-    """The whole pool, best first; `pass_rate` is (|D|,)."""
-    random = np.random.default_rng(seed).random(len(pass_rate))
-    score = {
-        "full": np.zeros_like(pass_rate),
-        "random": random,
-        "pass-rate": -np.abs(pass_rate - 0.5),
-        "learnability": pass_rate * (1 - pass_rate),
-    }[method].round(6)  # so that 1/3 and 2/3 are equals
-    ranked = np.lexsort((random, -score))
-    return {"ranked": ranked, "score": score[ranked]}
+    return said
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -269,80 +352,150 @@ def by_baseline(method: str, pass_rate: np.ndarray, seed: int) -> dict[str, np.n
 
 
 def select(
-    out: Annotated[Path, typer.Option(help="Selection file to write; the CSV goes beside it.")],
-    data: Data,
-    trajectories: Annotated[Path | None, typer.Option(help="The pool's trajectories (not for full, random).")] = None,
-    gradients: Annotated[Path | None, typer.Option(help="The pool's gradients (influence only).")] = None,
-    valid_gradients: Annotated[list[Path] | None, typer.Option(help="The same of a validation set; repeat.")] = None,
-    method: Annotated[Literal[METHODS], typer.Option(help="How to choose.")] = "influence",
-    frac: Annotated[float, typer.Option(callback=above_zero, max=1, help="Share of the pool to choose.")] = 0.1,
-    limit: Limit = None,
-    previous: Annotated[Path | None, typer.Option(help="Selection of the stage before, to compare with.")] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Of the baselines' random order.")] = 0,
-) -> np.ndarray:
-    require(out.suffix != ".csv", f"--out {out}: name the safetensors file; the CSV goes beside it")
-    for written in (out, out.with_suffix(".csv")):
-        check_out(written, Path(data), trajectories, gradients, previous, *(valid_gradients or []))
-    rows = load_prompts(data, limit)
-    sources = {"data": rows.digest}
-    rates = dict.fromkeys(range(len(rows)), float("nan"))  # unknown
-    if method not in ("full", "random"):
-        require(trajectories is not None, f"{method} needs --trajectories, what rollout.py wrote for {data}")
-        stored = open_trajectories(trajectories)
-        require(stored.metadata["data"] == sources["data"], f"{trajectories} was sampled from other data than {data}")
-        sources["trajectories"] = digest(trajectories)
-        rates = stored.pass_rates()
+    out: rollout.Given,
+    data: rollout.GivenText,
+    trajectories: Path | None = None,
+    gradients: Path | None = None,
+    valid_gradients: list[Path] = [],
+    selector: Selector = "influence",
+    frac: rollout.Share = 0.1,
+    limit: rollout.MaybeCount = None,
+    previous: Path | None = None,
+    stage: rollout.Count = 1,
+    seed: rollout.Natural = 0,
+) -> None:
+    """Options that rollout.py has as well are documented there.
+
+    Args:
+        out: Selection file to write; a CSV goes beside it.
+        trajectories: The pool's trajectories (not for full, random).
+        gradients: The pool's gradients (for influence).
+        valid_gradients: The same of a validation set; repeat.
+        selector: influence, full, random, pass-rate, learnability, or FILE.py:FUNCTION.
+        frac: Share of the pool to choose.
+        previous: Selection of the stage before, to compare with.
+        stage: Number of the stage, for selectors that ask for it.
+    """
+    options, table, before = dict(locals()), out.with_suffix(".csv"), None
+    clear = table not in (out, Path(data)) and not out.is_dir()
+    require(clear, f"--out {out}: name a safetensors file beside which {table} may be written")
+    rows, asked = rollout.load_prompts(data, limit), asks_for(selector)
+    valid_gradients = valid_gradients if asked & OF_VALIDATION else []
+    scored = bool(asked & (OF_GRADIENTS | OF_VALIDATION))
+    inputs = dict.fromkeys(("trajectories", "gradients", "valid_gradients", "model", "previous")) | {
+        "data": rows.digest
+    }
+    if scored or asked & OF_TRAJECTORIES:
+        require(trajectories is not None, f"{selector} needs --trajectories, which rollout.py wrote for {data}")
+        stored = records_of(trajectories, "trajectories", rows.digest)
+        inputs["trajectories"] = [record["identity"] for record in stored]
+    if scored:
+        enough = gradients and (valid_gradients or not asked & OF_VALIDATION)
+        require(bool(enough), f"{selector} needs --gradients and at least one --valid-gradients")
+        inputs |= check_gradients(gradients, valid_gradients, inputs["trajectories"])
     if previous:
-        before, found = open_tensors(previous, "selection")
-        require(found["data"] == sources["data"], f"{previous} was made from other data than {data}")
-    top = len(rows) if method == "full" else max(1, round(frac * len(rows)))
-    names: list[str] = []
-    diagnostics: dict[str, float] = {}
-    pass_rate = np.array([rates[i] for i in range(len(rows))])
-    if method == "influence":
-        require(bool(gradients and valid_gradients), "influence needs --gradients and at least one --valid-gradients")
-        table, metadata = by_influence(gradients, valid_gradients, sources, top)
-        sources["model"], diagnostics = metadata["model"], metadata["diagnostics"]
-        names = [path.stem.removeprefix("gradients-").removeprefix("valid-") for path in valid_gradients]
-    else:
-        table = by_baseline(method, pass_rate, seed)
-    with whole_file(out.with_suffix(".csv")) as temporary, open(temporary, "w", newline="") as file:
-        writer = csv.writer(file)
-        by_set = [f"{column}_{name}" for name in names for column in ("cosine", "rank")]
-        writer.writerow(["place", "chosen", "prompt_index", "pass_rate", "score", *by_set, "prompt", "answer"])
-        for place, i in enumerate(table["ranked"].tolist()):
-            sets = [
-                value
-                for v in range(len(names))
-                for value in (f"{table['score_by_set'][place, v]:.4f}", table["rank_by_set"][place, v])
-            ]
-            score = f"{table['score'][place]:.5f}"
-            texts = rows[i]["prompt"], rows[i]["answer"]
-            writer.writerow([place + 1, int(place < top), i, f"{rates[i]:.3f}", score, *sets, *texts])
-    chosen = {name: np.ascontiguousarray(values[:top]) for name, values in table.items()}
-    if previous:
-        diagnostics["overlap_previous"] = overlap(chosen["ranked"], before["ranked"])
-    if method == "influence":
-        learnable = by_baseline("learnability", pass_rate, seed)["ranked"][: len(chosen["ranked"])]
-        diagnostics["overlap_learnability"] = overlap(chosen["ranked"], learnable)
-        groups = stored.groups()
-        length = np.array([stored.completion_length[groups[i]].mean() for i in table["ranked"].tolist()])
-        cosine = table["score_by_set"].mean(1)
-        if np.ptp(length) > 0 and np.ptp(cosine) > 0:
-            diagnostics["length_correlation"] = float(np.corrcoef(cosine, length)[0, 1])
-    options = {"method": method, "frac": frac, "seed": seed, "sets": names}
-    metadata = sources | {"prompts": len(rows), "options": options, "diagnostics": diagnostics}
-    save_tensors(out, "selection", chosen, metadata)
-    tqdm.write(f"{out}: {len(chosen['ranked'])} of {len(rows)} prompts by {method}")
-    if diagnostics:
-        chance = len(chosen["ranked"]) / len(table["ranked"])
-        tqdm.write("\n".join([sentence(diagnostics, chance), *warnings(diagnostics)]))
-    return chosen["ranked"]
+        tensors, record = rollout.load(previous, "selection")
+        same = record["recipe"]["inputs"]["data"] == rows.digest
+        require(same, f"{previous} was made from other data than {data}")
+        inputs["previous"], before = record["identity"], tensors["ranked"]
+    rollout.check_out(out.parent)
+    recipe = rollout.make_recipe("selection", CODE, options, **inputs)
+    if RANK == 0 and not rollout.is_made(out, recipe):
+        known = {"rows": rows, "random": np.random.default_rng(seed), "stage": stage, "frac": frac, "previous": before}
+        known["pass_rate"] = np.full(len(rows), np.nan)  # unknown
+        choose(out, recipe, selector, known, trajectories, gradients, valid_gradients)
+    if RANK == 0:
+        write_csv(out, rows)
+    rollout.barrier()
+
+
+def records_of(folder: Path, kind: str, data: str | None = None) -> list[dict]:
+    """Of the shards of a folder.
+
+    Raises:
+        BadInput: they were not made from the data with this digest.
+    """
+    records = [rollout.peek(path) for path in rollout.shard_paths(folder, kind)]
+    same = data in (None, records[0]["recipe"]["inputs"]["data"])
+    require(same, f"{folder} was made from other data than --data; run rollout.py again")
+    return records
+
+
+def check_gradients(gradients: Path, valid_gradients: list[Path], trajectories: list[str]) -> dict:
+    """The gradients' part of the recipe: identities.
+
+    Raises:
+        BadInput: they are not those of the pool's trajectories (identities), or cannot be compared with each other.
+    """
+    of_pool = records_of(gradients, "gradients")
+    same = [record["recipe"]["inputs"]["trajectories"] for record in of_pool] == trajectories
+    require(same, f"{gradients} was made from other trajectories than those given; run project.py again")
+    first, valid = of_pool[0]["recipe"], {}
+    for folder in valid_gradients:
+        records = records_of(folder, "gradients")
+        recipe = records[0]["recipe"]
+        model, projection = recipe["inputs"]["model"], recipe["options"] | {"halves": first["options"]["halves"]}
+        comparable = (model, projection) == (first["inputs"]["model"], first["options"])
+        wrong = f"{folder} was made with another model, or another projection, than {gradients}"
+        require(comparable, f"{wrong}; run project.py again for both")
+        name = folder.name.removeprefix("gradients-").removeprefix("valid-")
+        valid[name] = [record["identity"] for record in records]
+    ids = [record["identity"] for record in of_pool]
+    return {"gradients": ids, "valid_gradients": valid, "model": first["inputs"]["model"]}
+
+
+def choose(
+    out: Path,
+    recipe: dict,
+    selector: str,
+    known: dict,
+    trajectories: Path | None,
+    gradients: Path | None,
+    valid_gradients: list[Path],
+) -> None:
+    """Score the pool, write the selection, and say what it looks like."""
+    clock, count, diagnostics = time.perf_counter(), len(known["rows"]), {}
+    if recipe["inputs"]["trajectories"]:
+        known |= of_trajectories(trajectories, count)
+    if recipe["inputs"]["gradients"]:
+        table, diagnostics = of_gradients(gradients, valid_gradients, count)
+        known |= table
+    score = scores_of(selector, known)
+    top = count if selector == "full" else top_count(known["frac"], count)
+    ranked = np.argsort(-score, kind="stable")[: min(top, np.count_nonzero(~np.isnan(score)))]  # NaN comes last
+    tensors = {"ranked": ranked, "score": score, "pass_rate": known["pass_rate"]}
+    if known["previous"] is not None:
+        diagnostics["overlap_previous"] = overlap(ranked, known["previous"])
+    if "cosine" in known:
+        cosine, live = known["cosine"], ~np.isnan(known["cosine"]).any(1)
+        tensors |= {"cosine": cosine, "rank": np.where(live[:, None], ranks(cosine), 0)}
+        diagnostics |= margin(cosine[live], top) | resemblance(ranked, known)
+    rollout.save(out, tensors, recipe, rollout.facts(time.perf_counter() - clock, diagnostics=diagnostics))
+    rollout.say(f"{out}: {len(ranked)} of {count} prompts by {selector}")
+    if "live_prompts" in diagnostics:
+        chance = len(ranked) / diagnostics["live_prompts"]
+        rollout.say("\n".join([sentence(diagnostics, chance), *warnings(diagnostics)]))
+
+
+def write_csv(path: Path, rows: rollout.Prompts) -> None:
+    """A selection file for people: all candidates, best first."""
+    tensors, record = rollout.load(path, "selection")
+    score, chosen = tensors["score"], tensors["ranked"]
+    order = np.argsort(-score, kind="stable")[: np.count_nonzero(~np.isnan(score))]
+    table = {"place": 1 + np.arange(len(order)), "chosen": np.isin(order, chosen).astype(int), "prompt_index": order}
+    table |= {"pass_rate": tensors["pass_rate"][order].round(3), "score": score[order].round(5)}
+    for v, name in enumerate(record["recipe"]["inputs"]["valid_gradients"] if "cosine" in tensors else ()):
+        table |= {f"cosine_{name}": tensors["cosine"][order, v].round(4), f"rank_{name}": tensors["rank"][order, v]}
+    table |= {column: [rows[i][column] for i in order] for column in ("prompt", "answer")}
+    with rollout.new_file(path.with_suffix(".csv")) as temporary, open(temporary, "w", newline="") as file:
+        csv.writer(file).writerows([list(table), *zip(*table.values(), strict=True)])
 
 
 if __name__ != "select":
-    app = new_app()
+    Selector = Annotated[str, typer.Option(callback=known_selector)]
+    CODE = rollout.CODE | {"select": rollout.code_digest(__file__)}
+    app = typer.Typer(**rollout.PLAIN)
     app.command(help=__doc__.splitlines()[0])(select)
 
 if __name__ == "__main__":
-    command_line(app)
+    rollout.command_line(app)

@@ -3,6 +3,7 @@
 import copy
 import doctest
 import gc
+import os
 import subprocess
 import sys
 import weakref
@@ -10,17 +11,23 @@ import weakref
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TEMPERATURE, TOY
+from conftest import ROOT, TEMPERATURE, TOY, load_all, load_folder, save_descendant, save_selection, sequence
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
+import cropi
 import project
 import rollout
 import train
-from project import GradientSketcher, SparseProjection
+from project import GradientSketcher, SparseProjection, project_groups
 from train import Batch, collate, group_advantages
 
 K = 512
+
+
+def live_pieces(trajectories) -> list[train.Piece]:
+    """Every live group, whole."""
+    return [(int(n), range(trajectories.samples)) for n in trajectories.live()]
 
 
 def dense_projection(sketcher: GradientSketcher) -> dict[str, torch.Tensor]:
@@ -33,17 +40,17 @@ def dense_projection(sketcher: GradientSketcher) -> dict[str, torch.Tensor]:
     return matrices
 
 
-def autograd_sketch(model, trajectories, rows, matrices, ratio="token", advantage_rows=None) -> torch.Tensor:
-    """P M ĝ of equation 2 for one prompt, trajectory by trajectory, by plain autograd."""
-    rewards = trajectories.rewards[rows if advantage_rows is None else advantage_rows].astype(np.float64)
-    advantages = (trajectories.rewards[rows] - rewards.mean()) / (rewards.std(ddof=1) + 1e-6)
+def autograd_sketch(model, trajectories, piece, matrices, ratio="token") -> torch.Tensor:
+    """P M ĝ of equation 2 for one piece, with the advantages of its group, by plain autograd, one trajectory at a
+    time."""
+    n, ks = piece
+    rewards = trajectories.rewards[n].astype(np.float64)
+    advantages = (rewards - rewards.mean()) / (rewards.std(ddof=1) + 1e-6)
     model = copy.deepcopy(model).requires_grad_(True)
-    for m, advantage in zip(rows, advantages, strict=True):
-        ids = torch.tensor(trajectories.tokens[trajectories.offsets[m] : trajectories.offsets[m + 1]].astype(np.int64))
-        n = int(trajectories.prompt_length[m])
-        logps = torch.log_softmax(model(ids[None]).logits[0] / TEMPERATURE, -1)[n - 1 : -1]
-        logps = logps.gather(1, ids[n:, None])[:, 0]
-        behavior = trajectories.behavior_logps[trajectories.logp_offsets[m] : trajectories.logp_offsets[m + 1]]
+    for k in ks:
+        ids, start, behavior = sequence(trajectories, n, k)
+        logps = torch.log_softmax(model(ids[None]).logits[0] / TEMPERATURE, -1)[start - 1 : -1]
+        logps = logps.gather(1, ids[start:, None])[:, 0]
         rho = (logps.detach() - torch.tensor(behavior)).exp()
         weight = {
             "none": 1.0,
@@ -51,7 +58,7 @@ def autograd_sketch(model, trajectories, rows, matrices, ratio="token", advantag
             "prefix": torch.stack([rho[: t + 1].prod() for t in range(len(rho))]),
             "sequence": rho.prod(),
         }[ratio]
-        (advantage * (weight * logps).mean() / len(rows)).backward()
+        (advantages[k] * (weight * logps).mean() / len(ks)).backward()
     parameters = dict(model.named_parameters())
     return sum(matrix @ parameters[name].grad.flatten() for name, matrix in matrices.items())
 
@@ -80,33 +87,33 @@ def test_hooks_equal_autograd_prompt_by_prompt(case, ragged, sparse_ratio):
     matrices = dense_projection(sketcher)
     left_out = {name for name, _ in case.named_parameters()} - set(matrices)
     assert all("norm" in name for name in left_out)
-    live = list(ragged.live_groups().items())
+    live = live_pieces(ragged)
     batch = collate(ragged, live, case.device)
     assert (batch.prompt_mask == 0).any() and (batch.mask == 0).any()
     sketch, logps = sketcher.sketch(batch, TEMPERATURE)
     assert ((logps - batch.behavior_logps) * batch.mask).abs().max() > 0.1  # π_θ ≠ β
-    for row, (_, rows) in enumerate(live):  # every position in the batch
-        expected = autograd_sketch(case, ragged, rows, matrices)
+    for row, piece in enumerate(live):  # every position in the batch
+        expected = autograd_sketch(case, ragged, piece, matrices)
         assert (sketch[row] - expected).norm() <= 1e-4 * expected.norm()
 
 
 @pytest.mark.parametrize("ratio", ["none", "prefix", "sequence"])
 def test_other_estimators_equal_autograd(moved, ragged, ratio):
-    live = list(ragged.live_groups().items())[:5]
+    live = live_pieces(ragged)[:5]
     batch = collate(ragged, live, moved.device)
     token, _ = GradientSketcher(copy.deepcopy(moved), K, 1.0, seed=1).sketch(batch, TEMPERATURE)
     sketcher = GradientSketcher(copy.deepcopy(moved), K, 1.0, seed=1, ratio=ratio)
     sketch, _ = sketcher.sketch(batch, TEMPERATURE)
     matrices = dense_projection(sketcher)
-    for row, (_, rows) in enumerate(live):
-        expected = autograd_sketch(moved, ragged, rows, matrices, ratio)
+    for row, piece in enumerate(live):
+        expected = autograd_sketch(moved, ragged, piece, matrices, ratio)
         assert (sketch[row] - expected).norm() <= 1e-4 * expected.norm()
     assert (token - sketch).norm() > 1e-2 * sketch.norm()  # another estimate than the default
 
 
 def test_estimators_agree_while_the_policy_is_still_beta(toy, ragged):
     """The engine's log-probs aside: β's are computed here as π's are."""
-    batch = collate(ragged, list(ragged.live_groups().items()), toy[0].device)
+    batch = collate(ragged, live_pieces(ragged), toy[0].device)
     sketcher = GradientSketcher(copy.deepcopy(toy[0]), K, 1.0, seed=1)
     _, batch.behavior_logps = sketcher.sketch(batch, TEMPERATURE)
     sketches = []
@@ -141,28 +148,32 @@ def test_cap_bounds_the_weights():
     assert project.importance_weights(pi, beta, "prefix", cap=1.6)[0].tolist() == pytest.approx([1.6, 1.5])
 
 
-def test_halves_are_those_of_the_trajectories(moved, ragged):
-    sketcher = GradientSketcher(copy.deepcopy(moved), K, 1.0, seed=1)
-    live = list(ragged.live_groups().items())
-    batch = collate(ragged, live, moved.device)
-    whole, _ = sketcher.sketch(batch, TEMPERATURE)
-    halves = sketcher.sketch(project.split_groups(batch, 2), TEMPERATURE)[0].view(len(live), 2, K)
-    assert ((halves.mean(1) - whole).norm(dim=1) <= 1e-5 * whole.norm(dim=1)).all()
-    matrices = dense_projection(sketcher)
-    for row, (_, rows) in list(enumerate(live))[:3]:
-        for half, some in enumerate((rows[:3], rows[3:])):
-            expected = autograd_sketch(moved, ragged, some, matrices, advantage_rows=rows)
-            assert (halves[row, half] - expected).norm() <= 1e-4 * expected.norm() + 1e-7
+@pytest.mark.parametrize("batch_tokens", [60, 10**6])  # groups in pieces; all at once
+def test_halves_are_those_of_the_trajectories(moved, ragged, batch_tokens):
+    """Half by half for every second prompt, whole for the others."""
+    sketcher, groups = GradientSketcher(copy.deepcopy(moved), K, 1.0, seed=1), ragged.take(ragged.live())
+    halved = np.arange(len(groups.rewards)) % 2 == 0
+    whole, _ = sketcher.sketch(collate(groups, live_pieces(groups), moved.device), TEMPERATURE)
+    tensors = project_groups(sketcher, groups, halved, TEMPERATURE, batch_tokens)
+    sketch, first = (torch.from_numpy(tensors[name]) for name in ("sketch", "half_sketch"))
+    assert ((sketch - whole).norm(dim=1) <= 1e-5 * whole.norm(dim=1)).all()
+    assert tensors["half_index"].tolist() == groups.prompt_index[::2].tolist()
+    assert first.shape == (halved.sum(), K)
+    second, matrices = 2 * sketch[halved] - first, dense_projection(sketcher)
+    for row, n in list(enumerate(np.flatnonzero(halved)))[:3]:
+        for half, ks in ((first, range(3)), (second, range(3, 6))):
+            expected = autograd_sketch(moved, groups, (n, ks), matrices)
+            assert (half[row] - expected).norm() <= 1e-4 * expected.norm() + 1e-7
 
 
 @pytest.mark.parametrize("change", ["order", "padding", "slices"])
 def test_batching_changes_nothing(moved, ragged, change):
     sketcher = GradientSketcher(copy.deepcopy(moved), k=K, sparse_ratio=0.1, seed=1)
-    live = ragged.live_groups()
-    batch = collate(ragged, list(live.items()), moved.device)
+    live = live_pieces(ragged)
+    batch = collate(ragged, live, moved.device)
     whole, _ = sketcher.sketch(batch, TEMPERATURE)
     whole = dict(zip(batch.prompt_index, whole, strict=True))
-    batches = [collate(ragged, list(live.items())[::-1], moved.device) if change == "order" else batch]
+    batches = [collate(ragged, live[::-1], moved.device) if change == "order" else batch]
     if change == "padding":  # three more columns of it on either side
         for name, side in (("prompt_ids", (3, 0)), ("prompt_mask", (3, 0))):
             setattr(batch, name, nn.functional.pad(getattr(batch, name), side))
@@ -230,18 +241,17 @@ def test_completions_of_a_single_token(moved, toy):
     """Then there is no second pass through the cache."""
     rows = rollout.load_prompts(rollout.TOY / "train.jsonl")
     live = [i for i, row in enumerate(rows) if row["family"] == "rnd"][:6]  # answers of one digit
-    trajectories = rollout.sample_trajectories(
-        rollout.TransformersEngine(*toy), toy[1], [rows[i] for i in live], live, "exact",
-        samples=16, max_tokens=1, temperature=TEMPERATURE, seed=[0],
-    )  # fmt: skip
-    assert set(trajectories.completion_length.tolist()) == {1}
-    groups = list(trajectories.live_groups().items())
+    sampling = {"samples": 16, "max_tokens": 1, "temperature": TEMPERATURE, "seed": [0]}
+    engine = rollout.TransformersEngine(*toy)
+    trajectories = rollout.sample_trajectories(engine, toy[1], [rows[i] for i in live], live, "exact", **sampling)
+    assert set(trajectories.length.flatten().tolist()) == {1}
+    groups = live_pieces(trajectories)
     assert groups
     sketcher = GradientSketcher(copy.deepcopy(moved), k=K, sparse_ratio=0.1, seed=1)
     matrices = dense_projection(sketcher)
     sketch, _ = sketcher.sketch(collate(trajectories, groups, moved.device), TEMPERATURE)
-    for row, (_, rows) in enumerate(groups):
-        expected = autograd_sketch(moved, trajectories, rows, matrices)
+    for row, piece in enumerate(groups):
+        expected = autograd_sketch(moved, trajectories, piece, matrices)
         assert (sketch[row] - expected).norm() <= 1e-4 * expected.norm()
 
 
@@ -252,46 +262,106 @@ def test_models_with_other_weight_matrices_are_refused():
 
 
 def test_pass_rate_norm_and_sample_size_belong_to_their_prompt(small_world):
-    world, out = small_world, small_world / "g.safetensors"
-    rolled = rollout.rollout(out=world / "t.safetensors", data=world / "train.jsonl")
-    project.project(trajectories=world / "t.safetensors", out=out, k=256, sparse_ratio=1.0)
-    tensors, metadata = rollout.open_tensors(out, "gradients")
-    assert sorted(tensors["prompt_index"]) == sorted(rolled.live_groups())
-    rates = rolled.pass_rates()
+    world, out, data = small_world, small_world / "g", str(small_world / "train.jsonl")
+    rollout.rollout(out=world / "t", data=data)
+    project.project(trajectories=world / "t", out=out, k=256, sparse_ratio=1.0)
+    tensors, rewards = load_folder(out, "gradients"), load_all(world / "t").rewards
+    rates = rewards.mean(1)
+    assert tensors["prompt_index"].tolist() == [i for i in range(60) if 0 < rates[i] < 1]
     for row, i in enumerate(tensors["prompt_index"].tolist()):
         assert tensors["pass_rate"][row] == pytest.approx(rates[i])
         assert tensors["grad_norm"][row] == pytest.approx(np.linalg.norm(tensors["sketch"][row]), rel=1e-5)
         assert tensors["ess_token"][row] == pytest.approx(1, abs=1e-4)  # θ is still β
-    assert metadata["data"] == rollout.digest(world / "train.jsonl")
+    for stored, gradients in zip(sorted((world / "t").iterdir()), sorted(out.iterdir()), strict=True):
+        assert stored.name == gradients.name
+        recipe = rollout.peek(gradients)["recipe"]
+        assert recipe["inputs"] == {
+            "model": rollout.model_identity(TOY / "model"),
+            "data": rollout.load_prompts(data).digest,
+            "trajectories": rollout.peek(stored)["identity"],
+        }
+        assert recipe["shard"] == rollout.peek(stored)["recipe"]["shard"]
 
 
 @pytest.mark.parametrize("batch_tokens", [1, 60])  # trajectories one by one; groups in pieces, and whole ones
-def test_micro_batches_change_nothing(small_world, moved, batch_tokens):
-    w = small_world
-    rollout.rollout(out=w / "t", data=w / "train.jsonl", samples=6)
-    moved.config.cropi_ancestors = [rollout.digest(TOY / "model")]
-    moved.save_pretrained(w / "model")
-    rollout.load_model(TOY / "model")[1].save_pretrained(w / "model")
-    files = {}
+def test_micro_batches_change_nothing(small_world, moved, toy, batch_tokens):
+    w, files = small_world, {}
+    rollout.rollout(out=w / "t", data=str(w / "train.jsonl"), samples=6)
+    save_descendant(w / "model", moved, toy[1])
     for name, options in {"whole": {}, "pieces": {"batch_tokens": batch_tokens}}.items():
-        project.project(trajectories=w / "t", out=w / name, model=w / "model", k=256, halves=9, **options)
-        files[name], _ = rollout.open_tensors(w / name, "gradients")
+        project.project(trajectories=w / "t", out=w / name, model=w / "model", k=256, halves=25, **options)
+        files[name] = load_folder(w / name, "gradients")
     whole, pieces = files["whole"], files["pieces"]
-    assert set(whole) == set(pieces) and len(whole["half_index"]) == 9
-    assert sorted(whole["half_index"]) == sorted(pieces["half_index"])
-    for name in set(whole) - {"half_index", "half_sketch"}:
-        a, b = (tensors[name][np.argsort(tensors["prompt_index"])] for tensors in (whole, pieces))
-        np.testing.assert_allclose(a, b, rtol=2e-3, atol=2e-5, err_msg=name)
-    a, b = (tensors["half_sketch"][np.argsort(tensors["half_index"])] for tensors in (whole, pieces))
-    np.testing.assert_allclose(a, b, rtol=2e-3, atol=2e-5)
+    assert set(whole) == set(pieces) and 5 < len(whole["half_index"]) < len(whole["prompt_index"])
+    for name in whole:  # the same rows in the same order
+        exact = 0 if name.endswith("_index") else 1
+        np.testing.assert_allclose(whole[name], pieces[name], rtol=2e-3 * exact, atol=2e-5 * exact, err_msg=name)
+
+
+def near(ours: np.ndarray, theirs: np.ndarray) -> bool:
+    """Rows (N, k) equal to 1e-5 of their norm."""
+    return (np.linalg.norm(ours - theirs, axis=1) <= 1e-5 * np.linalg.norm(theirs, axis=1)).all()
+
+
+def test_another_size_of_shards_changes_no_gradient(small_world, moved, toy):
+    w, files = small_world, []
+    save_descendant(w / "model", moved, toy[1])
+    for size in (512, 7):
+        rollout.rollout(out=w / f"t-{size}", data=str(w / "train.jsonl"), shard=size)
+        project.project(trajectories=w / f"t-{size}", out=w / f"g-{size}", model=w / "model", k=256, halves=30)
+        files.append(load_folder(w / f"g-{size}", "gradients"))
+        assert len(list((w / f"g-{size}").iterdir())) == {512: 4, 7: 9}[size]
+    default, small = files
+    assert set(default) == set(small)
+    for name in ("prompt_index", "half_index", "pass_rate"):
+        np.testing.assert_array_equal(default[name], small[name], err_msg=name)
+    assert len(default["half_index"]) > 5
+    assert near(small["sketch"], default["sketch"]) and near(small["half_sketch"], default["half_sketch"])
+    for name in set(default) - {"sketch", "half_sketch", "prompt_index", "half_index", "pass_rate"}:
+        np.testing.assert_allclose(small[name], default[name], rtol=1e-4, atol=1e-5, err_msg=name)
+
+
+def test_which_prompts_are_halved_hangs_on_seed_and_prompt_alone(small_world, moved, toy):
+    """Not on the model, the trajectories, the shards, or which prompts happen to be live."""
+    w, data = small_world, str(small_world / "train.jsonl")
+    save_descendant(w / "model", moved, toy[1])
+    for name, options in {"a": {}, "b": {"samples": 16, "seed": 7, "shard": 11}}.items():
+        rollout.rollout(out=w / name, data=data, **options)
+    made, halved = {}, {}
+    for name, stored, options in (
+        ("first", "a", {}),
+        ("moved", "a", {"model": w / "model"}),
+        ("fresh", "b", {}),
+        ("seed", "a", {"seed": 1}),
+    ):
+        project.project(trajectories=w / stored, out=w / f"g-{name}", k=64, halves=30, **options)
+        tensors = load_folder(w / f"g-{name}", "gradients")
+        made[name], halved[name] = (set(tensors[of].tolist()) for of in ("prompt_index", "half_index"))
+        assert 5 < len(halved[name]) < 30 and halved[name] < made[name]
+    assert halved["first"] == halved["moved"]
+    both = made["first"] & made["fresh"]
+    assert made["first"] != made["fresh"] and len(both) > 10
+    assert halved["first"] & both == halved["fresh"] & both
+    assert halved["first"] != halved["seed"]
+    project.project(trajectories=w / "a", out=w / "g-all", k=64, halves=60)
+    everything = load_folder(w / "g-all", "gradients")
+    assert everything["half_index"].tolist() == everything["prompt_index"].tolist() == sorted(made["first"])
+
+
+def test_an_odd_number_of_trajectories_has_no_halves(small_world):
+    rollout.rollout(out=small_world / "t", data=str(small_world / "train.jsonl"), samples=5)
+    project.project(trajectories=small_world / "t", out=small_world / "g", k=64)
+    tensors = load_folder(small_world / "g", "gradients")
+    assert (
+        len(tensors["sketch"]) > 5 and tensors["half_sketch"].shape == (0, 64) and tensors["half_index"].shape == (0,)
+    )
 
 
 @pytest.mark.parametrize("script", ["project", "train"])
 def test_models_are_let_go_of(small_world, monkeypatch, script):
     """Without help of the cyclic garbage collector, which may come late: a model is gigabytes."""
-    w, models = small_world, []
-    rollout.rollout(out=w / "t", data=w / "train.jsonl")
-    module = {"project": project, "train": train}[script]
+    w, models, data = small_world, [], str(small_world / "train.jsonl")
+    rollout.rollout(out=w / "t", data=data)
     load = rollout.load_model
 
     def watched(*args):
@@ -299,16 +369,15 @@ def test_models_are_let_go_of(small_world, monkeypatch, script):
         models.append(weakref.ref(model))
         return model, tokenizer
 
-    monkeypatch.setattr(module, "load_model", watched)
+    monkeypatch.setattr(rollout, "load_model", watched)
     gc.collect()
     gc.disable()
     try:
         if script == "project":
             project.project(trajectories=w / "t", out=w / "g", k=64)
         else:
-            tensors = {"ranked": np.arange(20), "score": np.zeros(20)}
-            rollout.save_tensors(w / "s", "selection", tensors, {"data": rollout.digest(w / "train.jsonl")})
-            train.train(selection=w / "s", out=w / "o", data=w / "train.jsonl", steps=1, dtype="bfloat16")
+            save_selection(w / "s", data, range(20))
+            train.train(selection=w / "s", out=w / "o", data=data, steps=1, dtype="bfloat16")
         assert models and all(model() is None for model in models)
     finally:
         gc.enable()
@@ -316,12 +385,11 @@ def test_models_are_let_go_of(small_world, monkeypatch, script):
 
 def test_bfloat16_gives_nearly_the_same_directions(small_world):
     w = small_world
-    rollout.rollout(out=w / "t", data=w / "train.jsonl")
+    rollout.rollout(out=w / "t", data=str(w / "train.jsonl"))
     found = []
     for dtype in ("float32", "bfloat16"):
         project.project(trajectories=w / "t", out=w / dtype, k=256, dtype=dtype, halves=0)
-        tensors, _ = rollout.open_tensors(w / dtype, "gradients")
-        found.append(tensors["sketch"][np.argsort(tensors["prompt_index"])])
+        found.append(load_folder(w / dtype, "gradients")["sketch"])
     cosine = (found[0] * found[1]).sum(1) / np.linalg.norm(found[0], axis=1) / np.linalg.norm(found[1], axis=1)
     assert found[1].dtype == np.float32 and cosine.min() > 0.97 and cosine.max() < 1 - 1e-7
 
@@ -333,38 +401,37 @@ def test_worked_examples_of_the_docstrings():
 
 def test_diagnostics_by_brute_force(small_world, moved, toy):
     """Of a policy that has moved; against log-probs that transformers computes one trajectory at a time."""
-    world, out = small_world, small_world / "g.safetensors"
-    stored = rollout.rollout(out=world / "t.safetensors", data=world / "train.jsonl")
-    moved.config.cropi_ancestors = [rollout.digest(rollout.TOY / "model")]
-    moved.save_pretrained(world / "moved")
-    del moved.config.cropi_ancestors
-    toy[1].save_pretrained(world / "moved")
-    found = project.project(trajectories=world / "t.safetensors", model=world / "moved", out=out, k=64, halves=7)
-    tensors, metadata = rollout.open_tensors(out, "gradients")
-    expected: dict[str, dict[int, float]] = {name: {} for name in project.STALENESS}
-    for i, rows in stored.live_groups().items():
+    world, out = small_world, small_world / "g"
+    rollout.rollout(out=world / "t", data=str(world / "train.jsonl"))
+    stored = load_all(world / "t")
+    save_descendant(world / "moved", moved, toy[1])
+    project.project(trajectories=world / "t", model=world / "moved", out=out, k=64, halves=15)
+    tensors = load_folder(out, "gradients")
+    names = ("token_kl", "mean_change", "largest_change", "ess_token", "ess_trajectory")
+    expected: dict[str, list[float]] = {name: [] for name in names}
+    live = [n for n in range(60) if np.ptp(stored.rewards[n]) > 0]
+    for n in live:
         group = []
-        for m in rows:
-            ids = torch.tensor(stored.tokens[stored.offsets[m] : stored.offsets[m + 1]].astype(np.int64))
-            n = int(stored.prompt_length[m])
+        for k in range(8):
+            ids, start, behavior = sequence(stored, n, k)
             with torch.no_grad():
-                logps = torch.log_softmax(moved(ids[None]).logits[0], -1)[n - 1 : -1].gather(1, ids[n:, None])[:, 0]
-            behavior = stored.behavior_logps[stored.logp_offsets[m] : stored.logp_offsets[m + 1]]
-            group.append(logps.double().numpy() - behavior)
+                logps = torch.log_softmax(moved(ids[None]).logits[0], -1)[start - 1 : -1]
+            group.append(logps.gather(1, ids[start:, None])[:, 0].double().numpy() - behavior)
         change, product = np.concatenate(group), np.exp([x.sum() for x in group])
         rho = np.exp(change)
-        expected["token_kl"][i] = np.mean(rho - 1 - change)
-        expected["mean_change"][i] = abs(change).mean()
-        expected["largest_change"][i] = abs(change).max()
-        expected["ess_token"][i] = rho.sum() ** 2 / len(rho) / (rho**2).sum()
-        expected["ess_trajectory"][i] = product.sum() ** 2 / len(product) / (product**2).sum()
-    index = tensors["prompt_index"].tolist()
-    means = {name: np.mean(list(values.values())) for name, values in expected.items()}
-    means |= {"largest_change": max(expected["largest_change"].values()), "live_prompts": len(index)}
+        expected["token_kl"].append(np.mean(rho - 1 - change))
+        expected["mean_change"].append(abs(change).mean())
+        expected["largest_change"].append(abs(change).max())
+        expected["ess_token"].append(rho.sum() ** 2 / len(rho) / (rho**2).sum())
+        expected["ess_trajectory"].append(product.sum() ** 2 / len(product) / (product**2).sum())
+    assert tensors["prompt_index"].tolist() == live
     for name, values in expected.items():
-        assert tensors[name].tolist() == pytest.approx([values[i] for i in index], rel=1e-3, abs=1e-6)
-    assert found == metadata["diagnostics"] == pytest.approx(means, rel=1e-3)
-    assert tensors["half_sketch"].shape == (7, 64) and set(tensors["half_index"]) < set(index)
+        assert tensors[name].tolist() == pytest.approx(values, rel=1e-3, abs=1e-6), name
+    means = {name: np.mean(values) for name, values in expected.items()}
+    means |= {"largest_change": max(expected["largest_change"]), "live_prompts": len(live)}
+    assert cropi.select.of_gradients(out, [], 60)[1] == pytest.approx(means, rel=1e-3)
+    count = len(tensors["half_index"])
+    assert 0 < count < 15 and tensors["half_sketch"].shape == (count, 64) and set(tensors["half_index"]) < set(live)
 
 
 MEMORY = """
@@ -373,36 +440,35 @@ from pathlib import Path
 import project
 peaks = []
 for name in sys.argv[1:]:
-    project.project(trajectories=Path(name), out=Path("big.safetensors"), k=32768)
+    project.project(trajectories=Path(name), out=Path(f"{name}-gradients"), k=32768)
     peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 print(*peaks)
 """
 
 
 def test_peak_memory_does_not_grow_with_the_number_of_prompts(tmp_path):
-    """90 and 1,000 live prompts and more; held in memory, the sketches of the latter would take 130 MB."""
-    rollout.rollout(out=tmp_path / "many.safetensors")
+    """90 and 1,000 live prompts and more, in shards of one size; held in memory, the sketches of the latter would take
+    130 MB."""
     lines = (rollout.TOY / "train.jsonl").read_text().splitlines(keepends=True)[:200]
     (tmp_path / "few.jsonl").write_text("".join(lines))
-    rollout.rollout(out=tmp_path / "few.safetensors", data=tmp_path / "few.jsonl")
-    names = [tmp_path / "few.safetensors", tmp_path / "many.safetensors"]
+    for name, data in (("few", tmp_path / "few.jsonl"), ("many", rollout.TOY / "train.jsonl")):
+        rollout.rollout(out=tmp_path / name, data=str(data), shard=25)
     done = subprocess.run(
-        [sys.executable, "-c", MEMORY, *names],
+        [sys.executable, "-c", MEMORY, tmp_path / "few", tmp_path / "many"],
         cwd=tmp_path,
-        env={"PYTHONPATH": str(ROOT), "PATH": ""},
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
         check=True,
     )
     few, many = map(int, done.stdout.splitlines()[-1].split())
     unit = 1 if sys.platform == "darwin" else 1024
-    assert (tmp_path / "big.safetensors").stat().st_size > 125e6
+    assert sum(path.stat().st_size for path in (tmp_path / "many-gradients").iterdir()) > 125e6
     assert (many - few) * unit < 40e6
 
 
 def test_weights_too_large_for_float32_are_refused_and_a_cap_helps(moved, ragged):
-    live = list(ragged.live_groups().items())[:2]
-    batch = collate(ragged, live, moved.device)
+    batch = collate(ragged, live_pieces(ragged)[:2], moved.device)
     batch.behavior_logps = batch.behavior_logps - 60  # as after a very long answer
     for cap, finite in ((None, False), (5.0, True)):
         sketcher = GradientSketcher(copy.deepcopy(moved), K, 1.0, seed=1, ratio="sequence", cap=cap)
@@ -410,12 +476,10 @@ def test_weights_too_large_for_float32_are_refused_and_a_cap_helps(moved, ragged
 
 
 def test_a_ratio_that_keeps_nothing_is_refused(small_world):
-    rollout.rollout(out=small_world / "t.safetensors", data=small_world / "train.jsonl")
+    rollout.rollout(out=small_world / "t", data=str(small_world / "train.jsonl"))
     with pytest.raises(rollout.BadInput, match="--sparse-ratio 1e-09 keeps no coordinate"):
-        project.project(
-            trajectories=small_world / "t.safetensors", out=small_world / "g.safetensors", k=64, sparse_ratio=1e-9
-        )
-    assert not (small_world / "g.safetensors").exists()
+        project.project(trajectories=small_world / "t", out=small_world / "g", k=64, sparse_ratio=1e-9)
+    assert not (small_world / "g").exists()
 
 
 def test_layers_derived_from_linear_ones_are_refused(toy):

@@ -1,8 +1,9 @@
-"""Ranking against brute force, and the name that the standard library has too."""
+"""Ranking against brute force, what a selector sees, and the name that the standard library has too."""
 
 import csv
 import doctest
 import os
+import pickle
 import shutil
 import subprocess
 import sys
@@ -10,52 +11,67 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import ROOT, load_all, load_folder, save_descendant
 
 import cropi
 import project
 import rollout
-from rollout import load_prompts, open_tensors
+from rollout import BadInput, load_prompts
 
 select = cropi.select  # the stage; by its name Python may know another module
 
 
+def sample_and_project(world: Path, name: str, samples: int, **options) -> None:
+    """Trajectories of NAME.jsonl in the folder NAME, and their gradients in gradients-NAME."""
+    rollout.rollout(out=world / name, data=str(world / f"{name}.jsonl"), samples=samples, **options)
+    project.project(trajectories=world / name, out=world / f"gradients-{name}", k=256)
+
+
 @pytest.fixture
 def scored(small_world):
-    world = small_world
     for name, samples in {"train": 8, "valid-rev": 16, "valid-srt": 16}.items():
-        rollout.rollout(out=world / f"{name}.safetensors", data=world / f"{name}.jsonl", samples=samples)
-        project.project(trajectories=world / f"{name}.safetensors", out=world / f"gradients-{name}.safetensors", k=256)
-    return world
+        sample_and_project(small_world, name, samples)
+    return small_world
 
 
-def run_select(world, **options):
-    out = world / "selection.safetensors"
-    sources = {"data": world / "train.jsonl", "trajectories": world / "train.safetensors"}
-    if options.get("method", "influence") == "influence":
-        sources["gradients"] = world / "gradients-train.safetensors"
-        sources["valid_gradients"] = [world / f"gradients-valid-{name}.safetensors" for name in ("rev", "srt")]
-    select.select(out=out, **sources, **options)
-    tensors, metadata = open_tensors(out, "selection")
-    return {name: np.array(values) for name, values in tensors.items()}, metadata
+def sources(world: Path) -> dict:
+    """All that a selector may need."""
+    return {
+        "data": str(world / "train.jsonl"),
+        "trajectories": world / "train",
+        "gradients": world / "gradients-train",
+        "valid_gradients": [world / f"gradients-valid-{name}" for name in ("rev", "srt")],
+    }
+
+
+def run_select(world: Path, name: str = "selection", **options) -> tuple[dict[str, np.ndarray], dict]:
+    """Tensors and record of the selection file NAME."""
+    out = world / f"{name}.safetensors"
+    select.select(out=out, **sources(world) | options)
+    return rollout.load(out, "selection")
 
 
 def test_influence_equals_brute_force(scored):
-    found, metadata = run_select(scored, frac=0.1)
-    train, _ = open_tensors(scored / "gradients-train.safetensors", "gradients")
-    valid = [open_tensors(scored / f"gradients-valid-{name}.safetensors", "gradients")[0] for name in ("rev", "srt")]
+    tensors, record = run_select(scored, frac=0.1)
+    train = load_folder(scored / "gradients-train", "gradients")
+    valid = [load_folder(scored / f"gradients-valid-{name}", "gradients") for name in ("rev", "srt")]
     cosine, fused = {}, {}
     for g, i in zip(train["sketch"].astype(float), train["prompt_index"].tolist(), strict=True):
         means = [v["sketch"].astype(float).mean(0) for v in valid]
         cosine[i] = [float(g @ v / np.sqrt((g @ g) * (v @ v))) for v in means]
+    ranks = {i: [1 + sum(cosine[j][s] > cosine[i][s] for j in cosine) for s in range(2)] for i in cosine}
     for i in cosine:
-        ranks = [1 + sum(cosine[j][s] > cosine[i][s] for j in cosine) for s in range(2)]
-        fused[i] = sum(1 / rank for rank in ranks if rank <= 6)  # N = 0.1 · 60
+        fused[i] = sum(1 / rank for rank in ranks[i] if rank <= 6)  # N = 0.1 · 60
     expected = sorted(fused, key=lambda i: (-fused[i], -sum(cosine[i]), i))[:6]
-    assert found["ranked"].tolist() == expected
-    np.testing.assert_allclose(found["score"], [fused[i] for i in expected])
-    np.testing.assert_allclose(found["score_by_set"], [cosine[i] for i in expected], rtol=1e-6)
-    assert metadata["options"]["sets"] == ["rev", "srt"]
+    assert tensors["ranked"].tolist() == expected
+    np.testing.assert_allclose(tensors["score"][expected], [fused[i] for i in expected])
+    np.testing.assert_allclose(tensors["cosine"][list(cosine)], list(cosine.values()), rtol=1e-6)
+    assert tensors["rank"][list(cosine)].tolist() == list(ranks.values())
+    dead = sorted(set(range(60)) - set(cosine))
+    assert dead
+    assert np.isnan(tensors["score"][dead]).all() and np.isnan(tensors["cosine"][dead]).all()
+    assert not tensors["rank"][dead].any()
+    assert list(record["recipe"]["inputs"]["valid_gradients"]) == ["rev", "srt"]
 
 
 def test_fusion_by_hand():
@@ -64,34 +80,53 @@ def test_fusion_by_hand():
     ranks = select.ranks(scores)
     assert ranks.tolist() == [[1, 2], [2, 4], [3, 1], [4, 3]]
     assert select.reciprocal_rank_fusion(ranks, 2).tolist() == [1.5, 0.5, 1.0, 0.0]
+    # the same with a prompt that is not live in the second row; N = round(0.4 · 5) = 2; x1 and x3 by mean cosine
+    cosine = np.insert(scores, 1, np.nan, axis=0)
+    score = select.influence(cosine, 0.4)
+    np.testing.assert_allclose(score, [1.5, np.nan, 0.5, 1.0, 0.0], atol=1e-8)
+    assert np.argsort(-score, kind="stable").tolist() == [0, 3, 2, 4, 1]
+
+
+def test_equal_fused_scores_are_ordered_by_mean_cosine_then_by_index():
+    # The best two of each set are x4, x2 and x0, x2: 1, 1/2 + 1/2 and 1. All others have 0; of them x3 has the largest
+    # mean cosine, then x1 and x5, which are equal.
+    cosine = np.array([[0.1, 0.9], [0.2, 0.2], [0.8, 0.8], [0.3, 0.3], [0.9, 0.1], [0.2, 0.2]])
+    score = select.influence(cosine, 1 / 3)
+    np.testing.assert_allclose(score, [1, 0, 1, 0, 1, 0], atol=1e-8)
+    assert np.argsort(-score, kind="stable").tolist() == [2, 0, 4, 3, 1, 5]
 
 
 def test_cosine_by_hand():
     sketch = np.array([[3.0, 4.0], [0.0, 0.0]], np.float32)
     np.testing.assert_allclose(select.cosines(sketch, np.array([[1.0, 0.0], [0.0, 2.0]])), [[0.6, 0.8], [0.0, 0.0]])
-    np.testing.assert_allclose(select.mean_sketch(sketch), [1.5, 2.0])
 
 
-def test_large_files_are_read_in_blocks(monkeypatch):
-    sketch = np.random.default_rng(0).normal(size=(50, 8)).astype(np.float32)
-    directions = np.random.default_rng(1).normal(size=(3, 8))
-    whole, mean = select.cosines(sketch, directions), select.mean_sketch(sketch)
-    monkeypatch.setattr(select, "ROWS", 7)
-    np.testing.assert_allclose(select.cosines(sketch, directions), whole)
-    np.testing.assert_allclose(select.mean_sketch(sketch), mean)
+def test_the_size_of_shards_changes_nothing(scored):
+    """A pool is read shard by shard; nine shards say the same as four."""
+    whole, record = run_select(scored)
+    for name, samples in {"train": 8, "valid-rev": 16, "valid-srt": 16}.items():
+        shutil.rmtree(scored / name)
+        shutil.rmtree(scored / f"gradients-{name}")
+        sample_and_project(scored, name, samples, shard=7)
+    counts = [len(list((scored / name).glob("*.safetensors"))) for name in ("train", "gradients-train", "valid-rev")]
+    assert counts == [9, 9, 2]
+    tensors, other = run_select(scored, "in-nine")
+    assert tensors["ranked"].tolist() == whole["ranked"].tolist()
+    np.testing.assert_allclose(tensors["cosine"], whole["cosine"], rtol=1e-5, atol=1e-6)
+    diagnostics = record["facts"]["diagnostics"]
+    assert other["facts"]["diagnostics"] == pytest.approx(diagnostics, rel=1e-4, abs=2e-5)
 
 
 def test_diagnostics_by_brute_force(scored):
-    before, _ = run_select(scored, method="random", frac=0.1, seed=7)
-    (scored / "selection.safetensors").rename(scored / "before.safetensors")
-    found, metadata = run_select(scored, frac=0.1, previous=scored / "before.safetensors")
-    diagnostics = metadata["diagnostics"]
-    stored = rollout.open_trajectories(scored / "train.safetensors")
-    train, _ = open_tensors(scored / "gradients-train.safetensors", "gradients")
-    live, chosen = len(train["prompt_index"]), found["ranked"].tolist()
+    before, _ = run_select(scored, "before", selector="random", frac=0.1, seed=7)
+    tensors, record = run_select(scored, frac=0.1, previous=scored / "before.safetensors")
+    diagnostics = record["facts"]["diagnostics"]
+    stored = load_all(scored / "train")
+    train = load_folder(scored / "gradients-train", "gradients")
+    live, chosen = len(train["prompt_index"]), tensors["ranked"].tolist()
     assert diagnostics["live_prompts"] == live
     assert diagnostics["overlap_previous"] == len(set(chosen) & set(before["ranked"].tolist())) / len(chosen)
-    rates = stored.pass_rates()
+    rates = dict(zip(stored.prompt_index.tolist(), stored.rewards.mean(1).tolist(), strict=True))
     gain = {i: rate * (1 - rate) for i, rate in rates.items()}
     certain = {i for i in gain if sum(other >= gain[i] - 1e-6 for other in gain.values()) <= len(chosen)}
     possible = {i for i in gain if sum(other > gain[i] + 1e-6 for other in gain.values()) < len(chosen)}
@@ -106,7 +141,7 @@ def test_diagnostics_by_brute_force(scored):
     assert len(first) == live  # a small pool: all of them are halved
     overlaps, noises, margins, means = [], [], [], []
     for name in ("rev", "srt"):
-        valid = open_tensors(scored / f"gradients-valid-{name}.safetensors", "gradients")[0]["sketch"]
+        valid = load_folder(scored / f"gradients-valid-{name}", "gradients")["sketch"]
         a = [cosine(x, valid[0::2].mean(0)) for x in first.values()]
         b = [cosine(2 * whole[i] - x, valid[1::2].mean(0)) for i, x in first.items()]
         top = round(live / 10)
@@ -127,29 +162,49 @@ def test_diagnostics_by_brute_force(scored):
     assert diagnostics["noise"] == pytest.approx(np.mean(noises), rel=1e-4)
     assert diagnostics["margin"] == pytest.approx(np.mean(margins), rel=1e-3, abs=1e-6)
     x = [np.mean([scores[i] for scores in means]) for i in chosen + [i for i in whole if i not in chosen]]
-    groups = stored.groups()
-    y = [stored.completion_length[groups[i]].mean() for i in chosen + [i for i in whole if i not in chosen]]
+    lengths = dict(zip(stored.prompt_index.tolist(), stored.length.mean(1).tolist(), strict=True))
+    y = [lengths[i] for i in chosen + [i for i in whole if i not in chosen]]
     slope = np.mean((x - np.mean(x)) * (y - np.mean(y))) / np.std(x) / np.std(y)
     assert diagnostics["length_correlation"] == pytest.approx(slope, rel=1e-3)
 
 
+def test_staleness_of_the_pool_and_of_the_worst_validation_set(scored, toy, moved):
+    """Means over the live prompts of all shards; of the largest change the largest."""
+    policy = save_descendant(scored / "moved", moved, toy[1])
+    for name in ("train", "valid-rev", "valid-srt"):
+        project.project(trajectories=scored / name, model=policy, out=scored / f"stale-{name}", k=64)
+    gradients = {"gradients": scored / "stale-train"}
+    gradients["valid_gradients"] = [scored / f"stale-valid-{name}" for name in ("rev", "srt")]
+    diagnostics = run_select(scored, **gradients)[1]["facts"]["diagnostics"]
+    pool, *valid = (load_folder(scored / f"stale-{name}", "gradients") for name in ("train", "valid-rev", "valid-srt"))
+    for name in ("token_kl", "mean_change", "ess_token", "ess_trajectory"):
+        worst = min if name.startswith("ess") else max
+        assert diagnostics[name] == pytest.approx(sum(pool[name].tolist()) / len(pool[name]), rel=1e-5)
+        means = [sum(tensors[name].tolist()) / len(tensors[name]) for tensors in valid]
+        assert means[0] != means[1]
+        assert diagnostics[f"valid_{name}"] == pytest.approx(worst(means), rel=1e-5)
+    assert diagnostics["largest_change"] == pytest.approx(max(pool["largest_change"].tolist()))
+    largest = [max(tensors["largest_change"].tolist()) for tensors in valid]
+    assert diagnostics["valid_largest_change"] == pytest.approx(max(largest))
+    assert diagnostics["ess_trajectory"] < diagnostics["ess_token"] < 1 and diagnostics["token_kl"] > 0.001
+
+
 def test_a_previous_selection_of_other_data_is_refused(scored):
-    run_select(scored, method="random")
-    (scored / "selection.safetensors").rename(scored / "before.safetensors")
-    (scored / "selection.csv").unlink()
+    run_select(scored, "before", selector="random")
     with open(scored / "train.jsonl", "a") as file:
         file.write('{"prompt": "cpy(abc)=", "answer": "abc"}\n')
-    with pytest.raises(rollout.BadInput, match=r"before\.safetensors was made from other data"):
-        run_select(scored, method="random", previous=scored / "before.safetensors")
-    assert not list(scored.glob("selection.*"))
+    with pytest.raises(BadInput, match=r"before\.safetensors was made from other data"):
+        run_select(scored, selector="random", previous=scored / "before.safetensors")
+    assert not list(scored.glob("*selection.*"))
 
 
 def test_too_few_prompts_have_no_split_half():
     sketch = np.ones((30, 4), np.float32)
-    train = {"half_sketch": sketch, "sketch": sketch, "prompt_index": np.arange(30), "half_index": np.arange(30)}
-    assert set(select.split_half(train, np.ones((1, 2, 4)))) == {"split_half", "noise"}
-    assert select.split_half(train, np.zeros((1, 2, 4))) == {}  # one validation prompt
-    assert select.split_half({"sketch": sketch, "prompt_index": np.arange(30)}, np.ones((1, 2, 4))) == {}
+    assert set(select.split_half(sketch, sketch, np.ones((1, 2, 4)))) == {"split_half", "noise"}
+    assert select.split_half(sketch, sketch, np.zeros((1, 2, 4))) == {}  # one validation prompt
+    assert select.split_half(sketch[:10], sketch[:10], np.ones((1, 2, 4))) == {}
+    assert select.split_half(sketch[:0], sketch[:0], np.ones((1, 2, 4))) == {}
+    assert select.split_half(sketch, sketch, np.ones((0, 2, 4))) == {}  # no validation set
     assert select.margin(np.ones((5, 1)), top=5) == {}
 
 
@@ -163,13 +218,11 @@ def test_noise_is_that_of_repeated_draws():
         return *halves, select.cosines(halves[0].mean(0), halves[1].mean(0))
 
     truth = np.std([draw()[2] for _ in range(300)], axis=0).mean()
-    found = []
+    noises = []
     for _ in range(20):
         e, f, _ = draw()
-        index = np.arange(40)
-        train = {"half_sketch": e[0], "sketch": e.mean(0), "prompt_index": index, "half_index": index}
-        found.append(select.split_half(train, f.transpose(1, 0, 2))["noise"])
-    assert np.mean(found) == pytest.approx(truth, rel=0.15)
+        noises.append(select.split_half(e.mean(0), e[0], f.transpose(1, 0, 2))["noise"])
+    assert np.mean(noises) == pytest.approx(truth, rel=0.15)
 
 
 def test_stale_and_noisy_rankings_are_warned_of(scored, capsys, monkeypatch):
@@ -177,7 +230,7 @@ def test_stale_and_noisy_rankings_are_warned_of(scored, capsys, monkeypatch):
     assert "warning" not in capsys.readouterr().out  # still β, and far better than chance
     monkeypatch.setattr(select, "STALE", 1.1)
     monkeypatch.setattr(select, "NOISY", 1.1)
-    run_select(scored)
+    run_select(scored, "again")
     printed = capsys.readouterr().out
     assert "moved away from the stored trajectories" in printed and "mostly noise" in printed
 
@@ -185,59 +238,56 @@ def test_stale_and_noisy_rankings_are_warned_of(scored, capsys, monkeypatch):
 def test_a_single_validation_prompt_and_odd_samples(small_world):
     """Neither has halves; the rest goes its way."""
     world, lines = small_world, (small_world / "valid-rev.jsonl").read_text().splitlines(keepends=True)
-    rollout.rollout(out=world / "train.safetensors", data=world / "train.jsonl", samples=7)
-    rolled = rollout.rollout(out=world / "valid.safetensors", data=world / "valid-rev.jsonl", samples=8)
-    live = next(iter(rolled.live_groups()))
+    sample_and_project(world, "train", samples=7)
+    rollout.rollout(out=world / "valid", data=str(world / "valid-rev.jsonl"))
+    live = load_all(world / "valid").live()[0]
     (world / "one.jsonl").write_text(lines[live])
     for seed in range(9):  # until that prompt is live in its new place as well
-        rolled = rollout.rollout(out=world / "one.safetensors", data=world / "one.jsonl", samples=8, seed=seed)
-        if rolled.live_groups():
+        rollout.rollout(out=world / f"one-{seed}", data=str(world / "one.jsonl"), seed=seed)
+        if len(load_all(world / f"one-{seed}").live()):
             break
-    for name in ("train", "one"):
-        project.project(trajectories=world / f"{name}.safetensors", out=world / f"gradients-{name}.safetensors", k=64)
-    assert "half_sketch" not in open_tensors(world / "gradients-train.safetensors", "gradients")[0]
-    select.select(
-        out=world / "s.safetensors",
-        data=world / "train.jsonl",
-        trajectories=world / "train.safetensors",
-        gradients=world / "gradients-train.safetensors",
-        valid_gradients=[world / "gradients-one.safetensors"],
-    )
-    tensors, metadata = open_tensors(world / "s.safetensors", "selection")
+    project.project(trajectories=world / f"one-{seed}", out=world / "gradients-one", k=256)
+    halves = load_folder(world / "gradients-train", "gradients")
+    assert halves["half_sketch"].shape == (0, 256) and halves["half_index"].shape == (0,)
+    tensors, record = run_select(world, valid_gradients=[world / "gradients-one"])
     assert len(tensors["ranked"]) == 6
-    assert "split_half" not in metadata["diagnostics"] and "margin" in metadata["diagnostics"]
+    assert "split_half" not in record["facts"]["diagnostics"] and "margin" in record["facts"]["diagnostics"]
 
 
 def test_dead_prompts_are_never_chosen_by_influence(scored):
-    found, _ = run_select(scored, frac=1.0)
-    live = rollout.open_trajectories(scored / "train.safetensors").live_groups()
-    assert sorted(found["ranked"].tolist()) == sorted(live)
+    tensors, _ = run_select(scored, frac=1.0)
+    live = load_all(scored / "train").live()
+    assert sorted(tensors["ranked"].tolist()) == live.tolist()
     assert len(live) < 60
 
 
 def test_baselines(scored):
-    rates = rollout.open_trajectories(scored / "train.safetensors").pass_rates()
-    full, _ = run_select(scored, method="full")
+    stored = load_all(scored / "train")
+    rates = dict(zip(stored.prompt_index.tolist(), stored.rewards.mean(1).tolist(), strict=True))
+    full, _ = run_select(scored, "full", selector="full")
     assert sorted(full["ranked"].tolist()) == list(range(60))
-    random, _ = run_select(scored, method="random", frac=0.5, seed=1)
-    other, _ = run_select(scored, method="random", frac=0.5, seed=2)
+    random, _ = run_select(scored, "random-1", selector="random", frac=0.5, seed=1)
+    other, _ = run_select(scored, "random-2", selector="random", frac=0.5, seed=2)
     assert len(set(random["ranked"].tolist())) == 30
     assert random["ranked"].tolist() != other["ranked"].tolist()
-    nearest, _ = run_select(scored, method="pass-rate", frac=0.2)
+    nearest, _ = run_select(scored, "pass-rate", selector="pass-rate", frac=0.2)
     assert len(nearest["ranked"]) == 12
+    np.testing.assert_allclose(nearest["pass_rate"], [rates[i] for i in range(60)])
     rest = set(range(60)) - set(nearest["ranked"].tolist())
     assert max(abs(rates[i] - 0.5) for i in nearest["ranked"].tolist()) <= min(abs(rates[i] - 0.5) for i in rest)
-    learnable, _ = run_select(scored, method="learnability", frac=0.2)
-    np.testing.assert_allclose(learnable["score"], [rates[i] * (1 - rates[i]) for i in learnable["ranked"].tolist()])
-    assert sorted(learnable["score"], reverse=True) == learnable["score"].tolist()
-    rest = set(range(60)) - set(learnable["ranked"].tolist())
-    assert learnable["score"].min() >= max(rates[i] * (1 - rates[i]) for i in rest) - 1e-6
+    learnable, _ = run_select(scored, "learnability", selector="learnability", frac=0.2)
+    score, ranked = learnable["score"], learnable["ranked"].tolist()
+    np.testing.assert_allclose(score[ranked], [rates[i] * (1 - rates[i]) for i in ranked])
+    assert sorted(score[ranked], reverse=True) == score[ranked].tolist()
+    rest = set(range(60)) - set(ranked)
+    assert score[ranked].min() >= max(rates[i] * (1 - rates[i]) for i in rest) - 1e-6
 
 
 def test_equal_pass_rates_are_ordered_at_random():
     rates = np.array([1 / 3, 2 / 3] * 50, np.float32)  # equally near to 1/2, up to rounding
-    ranked = select.by_baseline("pass-rate", rates, seed=0)["ranked"]
-    assert 10 < sum(i % 2 for i in ranked[:50].tolist()) < 40
+    for selector in (select.nearest_pass_rate, select.learnability):
+        ranked = np.argsort(-selector(rates, np.random.default_rng(0)), kind="stable")
+        assert 10 < sum(i % 2 for i in ranked[:50].tolist()) < 40
 
 
 def test_worked_examples_of_the_docstrings():
@@ -246,15 +296,237 @@ def test_worked_examples_of_the_docstrings():
 
 
 def test_csv_says_the_same_to_people(scored):
-    found, _ = run_select(scored, frac=0.1)
+    tensors, _ = run_select(scored, frac=0.1)
     rows = load_prompts(scored / "train.jsonl")
     with open(scored / "selection.csv", newline="") as file:
         lines = list(csv.DictReader(file))
+    live = load_all(scored / "train").live()
+    assert sorted(int(line["prompt_index"]) for line in lines) == live.tolist()  # all candidates, best first
+    assert [int(line["place"]) for line in lines] == list(range(1, len(live) + 1))
     chosen = [line for line in lines if line["chosen"] == "1"]
-    assert [int(line["prompt_index"]) for line in chosen] == found["ranked"].tolist()
+    assert chosen == lines[:6]
+    assert [int(line["prompt_index"]) for line in chosen] == tensors["ranked"].tolist()
     assert all(line["prompt"] == rows[int(line["prompt_index"])]["prompt"] for line in lines)
-    assert [float(line["score"]) for line in chosen] == pytest.approx(found["score"].tolist(), abs=1e-5)
-    assert [int(line["rank_rev"]) for line in chosen] == found["rank_by_set"][:, 0].tolist()
+    assert all(line["answer"] == rows[int(line["prompt_index"])]["answer"] for line in lines)
+    for column in ("score", "pass_rate"):
+        expected = [tensors[column][int(line["prompt_index"])] for line in lines]
+        assert [float(line[column]) for line in lines] == pytest.approx(
+            expected, abs=1e-3 if column != "score" else 1e-5
+        )
+    for v, name in enumerate(("rev", "srt")):
+        assert [int(line[f"rank_{name}"]) for line in chosen] == tensors["rank"][tensors["ranked"], v].tolist()
+        cosine = tensors["cosine"][tensors["ranked"], v].tolist()
+        assert [float(line[f"cosine_{name}"]) for line in chosen] == pytest.approx(cosine, abs=1e-4)
+
+
+def test_a_csv_that_was_lost_is_written_again(scored):
+    """It is for people alone, so the next command makes it from the selection file."""
+    run_select(scored)
+    written = (scored / "selection.csv").read_text()
+    (scored / "selection.csv").unlink()
+    made = (scored / "selection.safetensors").stat().st_mtime_ns
+    run_select(scored)
+    assert (scored / "selection.csv").read_text() == written
+    assert (scored / "selection.safetensors").stat().st_mtime_ns == made
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Selectors of one's own: the contract at the head of select.py
+
+
+CONTRACT = """
+import pickle
+from pathlib import Path
+
+import numpy as np
+
+SAW = Path(__file__).with_name("saw.pickle")
+
+
+def everything(rows, random, stage, previous, pass_rate, length, truncated, cosine, inner, grad_norm, frac):
+    given = dict(locals())
+    given["random"] = random.random(3)
+    SAW.write_bytes(pickle.dumps(given))
+    return grad_norm
+
+
+def of_rows(rows):
+    return [len(row["prompt"]) for row in rows]
+
+
+def of_trajectories(pass_rate, truncated):
+    return pass_rate - truncated
+
+
+def of_gradients(grad_norm):
+    return grad_norm
+
+
+def of_validation(inner):
+    return inner.max(1)
+
+
+def ties(rows):
+    score = np.zeros(len(rows))
+    score[[3, 4, 40]] = np.nan
+    score[[50, 20, 30]] = 1
+    score[10] = np.inf
+    score[0] = -np.inf
+    return score
+
+
+def few(rows):
+    return np.where(np.arange(len(rows)) % 30 == 5, 1.0, np.nan)
+
+
+def fused(cosine, frac):
+    live = np.flatnonzero(~np.isnan(cosine[:, 0]))
+    score = np.full(len(cosine), np.nan)
+    n = max(1, round(frac * len(cosine)))
+    for i in live:
+        ranks = [1 + sum(cosine[j, v] > cosine[i, v] for j in live) for v in range(cosine.shape[1])]
+        score[i] = sum(1 / rank for rank in ranks if rank <= n) + 1e-6 * cosine[i].mean()
+    return score
+
+
+def careless(cosine, pass_rate, rows):
+    cosine[np.isnan(cosine)] = -9
+    pass_rate += 1
+    rows.sort(key=str)
+    return cosine.sum(1)
+"""
+
+
+@pytest.fixture
+def contract(tmp_path):
+    """FILE.py: of the selectors above."""
+    (tmp_path / "contract.py").write_text(CONTRACT)
+    return f"{tmp_path / 'contract.py'}:"
+
+
+def test_a_selector_sees_what_it_asks_for(scored, contract):
+    before, _ = run_select(scored, "before", selector="random", frac=0.1, seed=7)
+    given = {"selector": f"{contract}everything", "frac": 0.25, "stage": 3, "seed": 11}
+    tensors, _ = run_select(scored, previous=scored / "before.safetensors", **given)
+    saw = pickle.loads((scored / "saw.pickle").read_bytes())
+    assert list(saw["rows"]) == list(load_prompts(scored / "train.jsonl"))
+    assert (saw["stage"], saw["frac"]) == (3, 0.25)
+    assert saw["previous"].tolist() == before["ranked"].tolist()
+    assert saw["random"].tolist() == np.random.default_rng(11).random(3).tolist()
+    stored = load_all(scored / "train")
+    assert stored.prompt_index.tolist() == list(range(60))
+    for name, of in {"pass_rate": "rewards", "length": "length", "truncated": "truncated"}.items():
+        np.testing.assert_allclose(saw[name], [np.mean(row.tolist()) for row in getattr(stored, of)], rtol=1e-6)
+    train = load_folder(scored / "gradients-train", "gradients")
+    live = train["prompt_index"]
+    dead = np.setdiff1d(np.arange(60), live)
+    assert 0 < len(dead) < 60
+    assert saw["grad_norm"].shape == (60,) and saw["cosine"].shape == saw["inner"].shape == (60, 2)
+    for name in ("grad_norm", "cosine", "inner"):
+        assert np.isnan(saw[name][dead]).all() and np.isfinite(saw[name][live]).all()
+    norms = np.linalg.norm(train["sketch"].astype(np.float64), axis=1)
+    np.testing.assert_allclose(saw["grad_norm"][live], norms, rtol=1e-5)
+    for v, name in enumerate(("rev", "srt")):
+        mean = load_folder(scored / f"gradients-valid-{name}", "gradients")["sketch"].astype(np.float64).mean(0)
+        inner = train["sketch"].astype(np.float64) @ mean
+        np.testing.assert_allclose(saw["inner"][live, v], inner, rtol=1e-5, atol=1e-9)
+        np.testing.assert_allclose(saw["cosine"][live, v], inner / norms / np.linalg.norm(mean), rtol=1e-5, atol=1e-7)
+    assert tensors["ranked"].tolist() == live[np.argsort(-norms, kind="stable")][:15].tolist()
+    np.testing.assert_allclose(tensors["score"], saw["grad_norm"])
+    run_select(scored, "first", **given)
+    assert pickle.loads((scored / "saw.pickle").read_bytes())["previous"] is None
+
+
+def test_prompts_that_were_not_sampled_are_unknown(scored, contract):
+    """Those longer than --max-prompt-tokens have neither pass rate nor gradient, and are not chosen by them."""
+    shutil.rmtree(scored / "train")
+    shutil.rmtree(scored / "gradients-train")
+    longest = int(np.median([len(row["prompt"]) for row in load_prompts(scored / "train.jsonl")]))
+    sample_and_project(scored, "train", 8, max_prompt_tokens=longest)
+    sampled = load_all(scored / "train").prompt_index.tolist()
+    assert 10 < len(sampled) < 60
+    run_select(scored, selector=f"{contract}everything")
+    saw = pickle.loads((scored / "saw.pickle").read_bytes())
+    for name in ("pass_rate", "length", "truncated"):
+        assert np.flatnonzero(~np.isnan(saw[name])).tolist() == sampled
+    assert set(np.flatnonzero(~np.isnan(saw["grad_norm"])).tolist()) < set(sampled)
+    for selector in ("pass-rate", "learnability"):
+        tensors, _ = run_select(scored, selector, selector=selector, frac=1.0)
+        assert sorted(tensors["ranked"].tolist()) == sampled
+
+
+def test_only_what_is_asked_for_is_needed(scored, contract):
+    """And what is not asked for does not enter the recipe."""
+    paths = sources(scored)
+    needs = {
+        "of_rows": ["data"],
+        "of_trajectories": ["data", "trajectories"],
+        "of_gradients": ["data", "trajectories", "gradients"],
+        "of_validation": list(paths),
+    }
+    for name, needed in needs.items():
+        selector, out = f"{contract}{name}", scored / f"{name}.safetensors"
+        for lacking in needed[1:]:
+            given = {path: paths[path] for path in needed if path != lacking}
+            with pytest.raises(BadInput, match=f"{name} needs .*--{lacking.replace('_', '-')}"):
+                select.select(out=out, selector=selector, **given)
+            assert not out.exists()
+        select.select(out=out, selector=selector, **{path: paths[path] for path in needed})
+        tensors, record = rollout.load(out, "selection")
+        assert len(tensors["ranked"]) == 6
+        assert ("cosine" in tensors) == ("rank" in tensors) == (name == "of_validation")
+        assert np.isnan(tensors["pass_rate"]).all() == (name == "of_rows")
+        used = {path for path, value in record["recipe"]["inputs"].items() if value and path in paths}
+        assert used == set(needed)
+        select.select(out=out, selector=selector, **paths)  # with all paths it is the same file, so nothing is made
+        assert rollout.peek(out) == record
+    for name in ("full", "random"):
+        select.select(out=scored / f"{name}.safetensors", selector=name, data=paths["data"])
+
+
+def test_ties_are_ordered_by_index_and_nan_is_never_chosen(scored, contract):
+    tensors, _ = run_select(scored, selector=f"{contract}ties", frac=0.1)
+    assert tensors["ranked"].tolist() == [10, 20, 30, 50, 1, 2]
+    tensors, _ = run_select(scored, "all", selector=f"{contract}ties", frac=1.0)
+    equal = [i for i in range(60) if i not in (0, 3, 4, 10, 20, 30, 40, 50)]
+    assert tensors["ranked"].tolist() == [10, 20, 30, 50, *equal, 0]
+    assert np.flatnonzero(np.isnan(tensors["score"])).tolist() == [3, 4, 40]
+    tensors, _ = run_select(scored, "few", selector=f"{contract}few", frac=0.5)
+    assert tensors["ranked"].tolist() == [5, 35]
+
+
+def test_a_selector_that_fuses_ranks_is_the_papers(scored, contract):
+    ours, record = run_select(scored, "ours")
+    theirs, other = run_select(scored, "theirs", selector=f"{contract}fused")
+    assert theirs["ranked"].tolist() == ours["ranked"].tolist()
+    assert theirs["cosine"].tobytes() == ours["cosine"].tobytes() and theirs["rank"].tobytes() == ours["rank"].tobytes()
+    assert record["facts"]["diagnostics"].keys() == other["facts"]["diagnostics"].keys()
+
+
+def test_a_selector_that_writes_into_what_it_is_given_changes_nothing_else(scored, contract):
+    ours, record = run_select(scored, "ours", frac=0.2)
+    theirs, other = run_select(scored, "theirs", selector=f"{contract}careless", frac=0.2)
+    for name in ("pass_rate", "cosine", "rank"):
+        assert theirs[name].tobytes() == ours[name].tobytes(), name
+    correlation = record["facts"]["diagnostics"]["length_correlation"]
+    assert other["facts"]["diagnostics"]["length_correlation"] == pytest.approx(correlation)
+    rows = load_prompts(scored / "train.jsonl")
+    with open(scored / "theirs.csv", newline="") as file:
+        assert all(line["prompt"] == rows[int(line["prompt_index"])]["prompt"] for line in csv.DictReader(file))
+
+
+def test_a_changed_selector_file_is_refused_and_a_moved_one_is_not(scored, contract, tmp_path):
+    _, record = run_select(scored, selector=f"{contract}ties")
+    (tmp_path / "elsewhere").mkdir()
+    shutil.copy(tmp_path / "contract.py", tmp_path / "elsewhere" / "contract.py")
+    assert run_select(scored, selector=f"{tmp_path / 'elsewhere/contract.py'}:ties")[1] == record
+    (tmp_path / "contract.py").write_text(CONTRACT + "\n# another version\n")
+    with pytest.raises(
+        BadInput, match=r"selection\.safetensors was made with options\.selector contract\.py:ties .*, now "
+    ):
+        run_select(scored, selector=f"{contract}ties")
+    with pytest.raises(BadInput, match=r"was made with .*options\.selector contract\.py:ties \(\w+\), now influence"):
+        run_select(scored)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
