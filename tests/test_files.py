@@ -1,8 +1,9 @@
-"""What is whole is kept, what is not is named: corruption, full disks, locks, signals, hostile files."""
+"""What is whole is kept, what is not is named: kills, corruption, locks, Ctrl-C, full disks, hostile files, NaN."""
 
 import json
 import multiprocessing
 import os
+import re
 import resource
 import shutil
 import signal
@@ -11,12 +12,13 @@ import subprocess
 import sys
 import time
 import traceback
+from pathlib import Path
 
 import numpy as np
 import pytest
 import safetensors.numpy
 import torch
-from conftest import ROOT
+from conftest import ROOT, load_all
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -24,31 +26,23 @@ import cropi
 import project
 import rollout
 import train
-from rollout import (
-    TOY,
-    BadInput,
-    Source,
-    Trajectories,
-    Unfinished,
-    join_trajectories,
-    load_json,
-    open_tensors,
-    write_json,
-)
+from rollout import TOY, BadInput, Trajectories
 
 sys.path.insert(0, str(ROOT / "bench"))
 
 import kill
 
 SETTINGS = ["train.steps=2", "train.batch_prompts=8", "valid.samples=4", "test.samples=2", "project.k=1024"]
+SETTINGS += ["project.halves=10"]
 
 
 def options(world, out, **others):
     return {
-        "pool": Source(world / "train.jsonl"),
+        "pool": str(world / "train.jsonl"),
         "valid": [str(world / "valid-rev.jsonl")],
         "test": [str(world / "test-rev.jsonl")],
         "stages": 2,
+        "keep_states": 2,
         "assignments": SETTINGS,
         "out": out,
     } | others
@@ -74,8 +68,48 @@ def whole(tmp_path_factory):
     return world
 
 
-def contents(folder):
-    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+def training(world: Path, out: Path, **others) -> dict:
+    """Options of train.py, for the first stage of that run."""
+    return {
+        "selection": world / "run/stage-01/selection.safetensors",
+        "data": str(world / "train.jsonl"),
+        "steps": 5,
+        "batch_prompts": 8,
+        "out": out,
+    } | others
+
+
+@pytest.fixture(scope="module")
+def checkpoint(whole):
+    """What training leaves when it is interrupted after its second checkpoint."""
+    with pytest.MonkeyPatch.context() as patch:
+        interrupt_after(patch, 2)
+        with pytest.raises(KeyboardInterrupt):
+            train.train(**training(whole, whole / "interrupted", save_every=0.0))
+    return whole / "interrupted/checkpoint.safetensors"
+
+
+def interrupt_after(patch: pytest.MonkeyPatch, files: int) -> None:
+    """As if Ctrl-C had been pressed just after so many files were written."""
+    save, saved = rollout.save, []
+
+    def interrupted(*args, **kwargs):
+        save(*args, **kwargs)
+        saved.append(args)
+        if len(saved) == files:
+            raise KeyboardInterrupt
+
+    patch.setattr(rollout, "save", interrupted)
+
+
+def contents(folder: Path) -> dict[Path, bytes]:
+    """Of all files but the lock's."""
+    return {path: path.read_bytes() for path in folder.rglob("[!.]*") if path.is_file()}
+
+
+def left_over(folder: Path) -> list[Path]:
+    """What no command leaves behind."""
+    return [path for path in folder.rglob(".*") if path.name not in (".lock", ".writer")]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -83,242 +117,282 @@ def contents(folder):
 
 
 def test_killed_runs_end_as_undisturbed_ones():
-    """A few here; `python bench/kill.py --kills 100` prints what was hit."""
-    assert kill.survive(kills=6, seed=1).total() >= 6
+    """A few here; `python bench/kill.py` tries a hundred, and prints what was hit."""
+    met, _ = kill.survive(kills=3, seed=1)
+    assert met.total() == 3
+
+
+def test_each_script_goes_on_after_its_last_file(whole, tmp_path, monkeypatch):
+    """Interrupted after its second file, and refuses to go on with other options."""
+    data = str(whole / "train.jsonl")
+    work = [
+        (rollout.rollout, {"data": data, "out": tmp_path / "t"}, "samples", 4, "00001.safetensors"),
+        (
+            project.project,
+            {"trajectories": whole / "run/rollouts/train", "k": 64, "halves": 10, "out": tmp_path / "g"},
+            "k",
+            128,
+            "00001.safetensors",
+        ),
+        (train.train, training(whole, tmp_path / "o", save_every=0.0), "lr", 2e-3, "checkpoint.safetensors"),
+    ]
+    for script, given_, option, value, last in work:
+        out, undisturbed = given_["out"], tmp_path / "undisturbed" / given_["out"].name
+        script(**given_ | {"out": undisturbed})
+        with monkeypatch.context() as patch:
+            interrupt_after(patch, 2)
+            with pytest.raises(KeyboardInterrupt):
+                script(**given_)
+        before = contents(out)
+        assert out / last in before and len(before) <= 2 and not left_over(out)
+        with pytest.raises(BadInput, match=rf"was made with options.{option} .*, now {value}; choose another --out"):
+            script(**given_ | {option: value})
+        assert contents(out) == before
+        damaged = bytearray(before[out / last])
+        damaged[-1] ^= 1
+        (out / last).write_bytes(damaged)
+        if script is train.train:  # it is read; shards are not, until the next script reads them
+            with pytest.raises(BadInput, match=f"{out / last} has been changed or damaged"):
+                script(**given_)
+        (out / last).write_bytes(before[out / last])
+        script(**given_)
+        assert kill.result(out) == kill.result(undisturbed)
+        if script is not train.train:
+            assert {path: path.read_bytes() for path in before} == before  # not made again
+        else:
+            assert not (out / last).exists()
+
+
+def test_what_a_kill_leaves_is_cleared_away(whole, tmp_path):
+    """The folders of temporary files, of every target, before and after the target got its name."""
+    shutil.copytree(whole / "run", tmp_path / "run")
+    paths = [path for path in (tmp_path / "run").rglob("[!.]*") if path.suffix or path.name == "model"]
+    paths = [path for path in paths if path.parent.name != "model"]
+    paths += [tmp_path / "run/stage-01/checkpoint.safetensors", tmp_path / "run/stage-02/checkpoint.safetensors"]
+    paths.remove(tmp_path / "run/stage-01/optimizer.safetensors")  # it is written before the model, which is there
+    for path in paths:
+        part = path.with_name(f".{path.name}.part")
+        part.mkdir()
+        (part / ".tmpAbCdEf").write_bytes(b"half a file")
+    gone = ["rollouts/train/00002.safetensors", "stage-02/selection.safetensors", "stage-02/model"]
+    for name in gone:
+        path = tmp_path / "run" / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    cropi.run(**options(whole, tmp_path / "run"))
+    assert not left_over(tmp_path / "run")
+    assert kill.result(tmp_path / "run") == kill.result(whole / "run")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Corruption
 
+ANEW = {"curve.png", "selection.png", "report.json", "selection.csv", "metrics.jsonl"}  # each run writes them anew
+
+
+def readers(run: Path, path: Path, out: Path):
+    """The command that reads the contents of a file of a run next, with its options."""
+    stage, data = run / path.relative_to(run).parts[0], str(run.parent / "train.jsonl")
+    before = TOY / "model" if stage.name == "stage-01" else run / "stage-01/model"
+    kinds = path.relative_to(run).parts
+    if path.name == "run.safetensors":
+        return lambda: cropi.run(**options(run.parent, run))
+    if path.parent.name.startswith("test-"):  # for people: no command reads more than the facts
+        return lambda: rollout.load(path, "trajectories")
+    if kinds[0] == "rollouts":
+        return lambda: project.project(trajectories=path.parent, k=16, out=out)
+    if path.parent.name.startswith("gradients-"):
+        valid = [stage / "gradients-valid-rev"]
+        given_ = {"trajectories": run / "rollouts/train", "gradients": stage / "gradients-train", "data": data}
+        return lambda: cropi.select.select(**given_, valid_gradients=valid, out=out / "s.safetensors")
+    if path.name == "selection.safetensors":
+        return lambda: train.train(selection=path, data=data, model=before, steps=1, out=out)
+    if path.name == "optimizer.safetensors":
+        given_ = {"selection": stage / "selection.safetensors", "data": data, "optimizer": path, "steps": 1}
+        return lambda: train.train(**given_, model=stage / "model", out=out)
+    assert path.parent.name == "model"
+    return lambda: rollout.rollout(model=path.parent, data=data, limit=1, samples=1, out=out)
+
+
+def wrong_versions(path: Path, rng: np.random.Generator) -> list[bytes]:
+    """A bit flipped in header and body, and truncations, the first of which is empty."""
+    data = path.read_bytes()
+    header = min(len(data), 8 + struct.unpack("<Q", data[:8])[0] if path.suffix == ".safetensors" else 64)
+    versions = [data[: len(data) * part // 10] for part in range(10)] + [data[:-1]]
+    for place in (*rng.integers(0, header, 3), *rng.integers(0, len(data), 3)):
+        flipped = bytearray(data)
+        flipped[place] ^= 1 << int(rng.integers(8))
+        versions.append(bytes(flipped))
+    return versions
+
+
+def refused(work, **given_) -> str:
+    with pytest.raises(BadInput) as error:
+        work(**given_)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
 
 def test_corruption_is_named_and_nothing_else_changes(whole, tmp_path):
-    """Every artefact of a run but the pictures and the report, which each run writes anew."""
-    out = tmp_path / "run"
-    shutil.copytree(whole / "run", out)
-    anew = {"curve.png", "selection.png", "report.json", ".lock"}
-    artefacts = sorted(path for path in out.rglob("*") if path.is_file() and path.name not in anew)
-    assert len(artefacts) > 35
-    cases = 0
-    rng = np.random.default_rng(0)
-    for number, path in enumerate(artefacts):
-        data = path.read_bytes()
-        header = min(len(data), 8 + struct.unpack("<Q", data[:8])[0] if path.suffix == ".safetensors" else 64)
-        changed = []
-        for place in (*rng.integers(0, header, 3), *rng.integers(0, len(data), 3)):
-            flipped = bytearray(data)
-            flipped[place] ^= 255
-            changed.append(bytes(flipped))
-        changed += [data[: len(data) * part // 20] for part in range(20)]  # the first one is empty
-        same_kind = [other for other in artefacts if other.suffix == path.suffix and other.read_bytes() != data]
-        changed += [same_kind[number % len(same_kind)].read_bytes()] if same_kind else []
-        for wrong in changed:
+    """Every artefact of a run but those that each run writes anew, read by the command that reads it next."""
+    shutil.copytree(whole, tmp_path / "world")
+    run, out, cases, rng = tmp_path / "world/run", tmp_path / "out", 0, np.random.default_rng(0)
+    artefacts = sorted(path for path in contents(run) if path.name not in ANEW)
+    assert len(artefacts) == 1 + 4 + 1 + 1 + 2 * (4 + 1 + 1 + 6 + 1 + 1)
+    for path in artefacts:
+        data, read = path.read_bytes(), readers(run, path, out)
+        for wrong in wrong_versions(path, rng):
             path.write_bytes(wrong)
-            before = contents(out)
-            try:
-                cropi.run(**options(whole, out))
-            except BadInput as error:
-                refused = str(error)
-            else:
-                pytest.fail(f"{path}: not refused")
-            name = path if path.parent.name != "model" else path.parent
-            assert str(name) in refused and "\n" not in refused, (path, refused)
-            assert contents(out) == before
+            before = contents(run)
+            assert str(path) in refused(read), path
+            assert contents(run) == before
+            shutil.rmtree(out, ignore_errors=True)
             cases += 1
         path.write_bytes(data)
-    cropi.run(**options(whole, out))  # all is as it was
     print(f"{cases} corrupted files refused")
-    assert cases > 700
+    assert cases == 17 * len(artefacts) > 500
+    cropi.run(**options(run.parent, run))  # all is as it was
+    assert kill.result(run) == kill.result(whole / "run")
 
 
-@pytest.mark.parametrize("kind", ["gradients", "trajectories", "selection", "optimizer", "json"])
-def test_each_reader_refuses_every_flip(whole, tmp_path, kind):
-    files = {
-        "gradients": "stage-00/gradients-valid-rev.safetensors",
-        "trajectories": "rollouts/test-rev.safetensors",
-        "selection": "stage-00/selection.safetensors",
-        "optimizer": "stage-00/optimizer.safetensors",
-        "json": "run.json",
-    }
-    data = (whole / "run" / files[kind]).read_bytes()
-    path = tmp_path / "file"
-    rng = np.random.default_rng(0)
-    for place in {
-        0,
-        7,
-        8,
-        9,
-        len(data) - 1,
-        *rng.integers(0, min(len(data), 4000), 40),
-        *rng.integers(0, len(data), 20),
-    }:
+def test_a_run_refuses_another_file_in_the_place_of_its_own(whole, tmp_path):
+    """A whole file of the same kind: the next shard, or that of the other stage."""
+    run, swapped = tmp_path / "run", 0
+    shutil.copytree(whole / "run", run)
+    artefacts = [path for path in sorted(run.rglob("*.safetensors")) if path.parent.name != "model"]
+    for path in artefacts:
+        data = path.read_bytes()
+        others = [other for other in artefacts if other.name == path.name or other.parent == path.parent]
+        others = [other for other in others if other.read_bytes() != data]
+        # an optimizer's state is compared with nothing before it is read, which only the next stage does
+        stages = 3 if path.name == "optimizer.safetensors" else 2
+        if not others or path == run / "stage-01/optimizer.safetensors":
+            continue
+        path.write_bytes(others[0].read_bytes())
+        before = contents(run)
+        assert str(path) in refused(cropi.run, **options(whole, run, stages=stages))
+        for other, content in contents(run).items():
+            new = other.is_relative_to(run / "stage-03") or other.name in ANEW
+            assert new or content == before[other], other
+        shutil.rmtree(run / "stage-03", ignore_errors=True)
+        path.write_bytes(data)
+        swapped += 1
+    assert swapped > 15
+    for name in ("model.safetensors", "cropi.json"):  # of the other stage's model
+        path = run / "stage-02/model" / name
+        data = path.read_bytes()
+        shutil.copy(run / "stage-01/model" / name, path)
+        assert str(path.parent) in refused(cropi.run, **options(whole, run, stages=3))
+        shutil.rmtree(run / "stage-03", ignore_errors=True)
+        path.write_bytes(data)
+
+
+def test_a_shard_in_the_place_of_another_is_refused_by_every_reader(whole, tmp_path):
+    """Copied by hand, from another place of the same folder, or from the same place of a folder of another seed."""
+    run, data = whole / "run", str(whole / "train.jsonl")
+    rollout.rollout(data=data, seed=7, out=tmp_path / "other/t")
+    given_ = {"trajectories": tmp_path / "other/t", "k": 1024, "halves": 10, "seed": 7}
+    project.project(**given_, out=tmp_path / "other/g")
+    shutil.copytree(run / "rollouts/train", tmp_path / "t")
+    shutil.copytree(run / "stage-01/gradients-train", tmp_path / "g")
+    chosen = {"data": data, "trajectories": tmp_path / "t", "out": tmp_path / "s/s.safetensors"}
+    valid = {"gradients": tmp_path / "g", "valid_gradients": [run / "stage-01/gradients-valid-rev"]}
+    for folder, work in {
+        "t": [
+            (project.project, {"trajectories": tmp_path / "t", "k": 64, "out": tmp_path / "new"}),
+            (cropi.select.select, chosen | {"selector": "pass-rate"}),
+        ],
+        "g": [(cropi.select.select, chosen | valid)],
+    }.items():
+        path = tmp_path / folder / "00002.safetensors"
+        data_ = path.read_bytes()
+        for other in (tmp_path / folder / "00001.safetensors", tmp_path / "other" / folder / path.name):
+            shutil.copy(other, path)
+            for script, options_ in work:
+                assert str(path.parent) in refused(script, **options_)
+        path.write_bytes(data_)
+        for script, options_ in work:
+            script(**options_)
+            shutil.rmtree(options_["out"] if script is project.project else options_["out"].parent)
+
+
+def test_a_flip_that_a_rerun_passes_over_is_found_by_the_next_reader(whole, tmp_path):
+    """A rerun reads no tensors of the shards that it skips; what it makes from them, it makes of whole ones."""
+    run = tmp_path / "run"
+    shutil.copytree(whole / "run", run)
+    for name, gone in {
+        "rollouts/train/00003.safetensors": "stage-02/gradients-train/00003.safetensors",
+        "rollouts/valid-rev/00000.safetensors": "stage-02/gradients-valid-rev/00000.safetensors",
+        "stage-02/gradients-train/00002.safetensors": "stage-02/selection.safetensors",
+        "stage-01/model/model.safetensors": "stage-02/gradients-valid-rev/00000.safetensors",
+        "stage-01/optimizer.safetensors": "stage-02/model",
+        "stage-02/model/tokenizer.json": "stage-02/test-rev/00000.safetensors",
+    }.items():
+        path, data = run / name, (run / name).read_bytes()
+        path.write_bytes(data[:-2] + bytes([data[-2] ^ 4]) + data[-1:])
+        cropi.run(**options(whole, run))  # nothing to do, nothing read
+        shutil.move(run / gone, tmp_path / "gone")
+        before = contents(run)
+        assert str(path) in refused(cropi.run, **options(whole, run))
+        assert contents(run) == before and not left_over(run)
+        path.write_bytes(data)
+        cropi.run(**options(whole, run))
+        shutil.rmtree(tmp_path / "gone") if (tmp_path / "gone").is_dir() else (tmp_path / "gone").unlink()
+    assert kill.result(run) == kill.result(whole / "run")
+
+
+FILES = {
+    "trajectories": "run/rollouts/train/00001.safetensors",
+    "gradients": "run/stage-01/gradients-train/00000.safetensors",
+    "selection": "run/stage-01/selection.safetensors",
+    "optimizer": "run/stage-01/optimizer.safetensors",
+    "checkpoint": "interrupted/checkpoint.safetensors",
+    "run": "run/run.safetensors",
+    "model": "run/stage-01/model/cropi.json",
+}
+
+
+@pytest.mark.parametrize("kind", FILES)
+def test_each_reader_refuses_every_flip(whole, checkpoint, tmp_path, kind):
+    source = whole / FILES[kind]
+    data, path, rng = source.read_bytes(), tmp_path / source.name, np.random.default_rng(0)
+    read = (lambda: rollout.peek(tmp_path)) if kind == "model" else (lambda: rollout.load(path, kind))
+    places = {0, 7, 8, 9, len(data) - 1, *rng.integers(0, min(len(data), 4000), 40), *rng.integers(0, len(data), 20)}
+    for place in places:
         for mask in (255, 1):
             flipped = bytearray(data)
             flipped[place] ^= mask
             path.write_bytes(flipped)
-            with pytest.raises(BadInput, match=str(path)):
-                load_json(path) if kind == "json" else open_tensors(path, kind)
+            assert str(path) in refused(read)
     path.write_bytes(data)
-    assert load_json(path) if kind == "json" else open_tensors(path, kind)
+    assert read()
+    if kind != "model":
+        assert f"holds {kind}, where something else is needed" in refused(lambda: rollout.load(path, "something else"))
 
 
 def test_a_changed_model_is_refused(whole, tmp_path):
-    shutil.copytree(whole / "run/stage-00/model", tmp_path / "m")
+    shutil.copytree(whole / "run/stage-01/model", tmp_path / "m")
     rollout.load_model(tmp_path / "m")
-    for name in ("model.safetensors", "config.json", "tokenizer.json", "generation_config.json"):
+    files = sorted(path.name for path in (tmp_path / "m").iterdir())
+    assert {"config.json", "cropi.json", "generation_config.json", "model.safetensors", "tokenizer.json"} <= set(files)
+    for name in files:
         data = (tmp_path / "m" / name).read_bytes()
         (tmp_path / "m" / name).write_bytes(data[:-3] + bytes([data[-3] ^ 1]) + data[-2:])
-        with pytest.raises(BadInput, match="not the model that was written here"):
-            rollout.load_model(tmp_path / "m")
+        assert str(tmp_path / "m" / name) in refused(lambda: rollout.load_model(tmp_path / "m"))
+        (tmp_path / "m" / name).unlink()
+        if name != "cropi.json":  # without its record it is somebody's model
+            assert str(tmp_path / "m") in refused(lambda: rollout.load_model(tmp_path / "m"))
         (tmp_path / "m" / name).write_bytes(data)
+    rollout.load_model(tmp_path / "m")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Parts, journals, locks
-
-
-def test_parts_of_work_are_gone_on_with_and_never_mixed(whole, tmp_path, monkeypatch):
-    """Interrupted after its second batch, each script goes on there, and refuses to with other options."""
-    w, run = whole, whole / "run"
-    work = {
-        "rollout": (rollout.rollout, {"data": w / "train.jsonl", "batch_tokens": 1500}, "t", "samples", 4),
-        "project": (
-            project.project,
-            {"trajectories": run / "rollouts/train.safetensors", "k": 64, "halves": 10, "batch_tokens": 300},
-            "g",
-            "k",
-            128,
-        ),
-        "train": (
-            train.train,
-            {"selection": run / "stage-00/selection.safetensors", "data": w / "train.jsonl", "steps": 5, "lr": 1e-3},
-            "o/model",
-            "lr",
-            2e-3,
-        ),
-    }
-    for name, (script, given_, out, option, value) in work.items():
-        target = {"out": tmp_path / ("o" if name == "train" else out)}
-        script(**given_, out=tmp_path / "whole" / target["out"].name)
-        saves, save = [], Unfinished.save
-
-        def interrupted(self, *args, saves=saves, save=save, **kwargs):
-            save(self, *args, **kwargs)
-            saves.append(self.folder)
-            if len(saves) == 2:
-                raise KeyboardInterrupt
-
-        monkeypatch.setattr(Unfinished, "save", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            script(**given_, **target, save_every=0.0)
-        folder = saves[0]
-        assert folder == Unfinished.folder_of(tmp_path / out) and not (tmp_path / out).exists()
-        before = contents(folder)
-        with pytest.raises(BadInput, match=rf"was begun with options.{option} .*, now {value}; choose another --out"):
-            script(**given_ | {option: value}, **target)
-        assert contents(folder) == before
-        part = max(folder.glob("[0-9]*"))
-        data = part.read_bytes()
-        part.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
-        with pytest.raises(BadInput, match=part.name):
-            script(**given_, **target)
-        part.write_bytes(data)
-        script(**given_, **target, save_every=0.0)
-        assert not folder.exists() and len(saves) > 2
-        monkeypatch.setattr(Unfinished, "save", save)
-        a, b = tmp_path / out, tmp_path / "whole" / out
-        assert rollout.digest(a / "model.safetensors" if name == "train" else a).__len__() == 16
-        if name == "train":
-            assert (a / "model.safetensors").read_bytes() == (b / "model.safetensors").read_bytes()
-            assert (a.parent / "optimizer.safetensors").read_bytes() == (
-                b.parent / "optimizer.safetensors"
-            ).read_bytes()
-        else:
-            assert a.read_bytes() == b.read_bytes()
-
-
-def test_changed_options_name_the_difference_and_two_ways_on(whole, tmp_path):
-    out = tmp_path / "run"
-    shutil.copytree(whole / "run", out)
-    before = contents(out)
-    changed = {"assignments": [*SETTINGS, "train.lr=1e-4"], "frac": 0.2}
-    with pytest.raises(
-        BadInput, match=r"begun with frac 0.1, now 0.2 and set.train.lr unset, now 0.0001; choose a new --out,"
-    ):
-        cropi.run(**options(whole, out, **changed))
-    with pytest.raises(BadInput, match=r"that bears on what came before; use --force 0"):
-        cropi.run(**options(whole, out, seed=1, force=1))
-    assert contents(out) == before
-    cropi.run(**options(whole, out, **changed, force=1))
-    kept = {path for path in before if "stage-01" not in str(path) and path.parent != out}
-    assert {path for path in kept if path.read_bytes() != before[path]} == set()
-    assert (out / "stage-01/model/model.safetensors").read_bytes() != before[out / "stage-01/model/model.safetensors"]
-    assert load_json(out / "run.json")["changes"][0]["from_stage"] == 1
-    assert len(open_tensors(out / "stage-01/selection.safetensors", "selection")[0]["ranked"]) == 12
-    cropi.run(**options(whole, out, **changed))  # and from now on without --force
-    cropi.run(**options(whole, out, force=0))
-    assert rollout.digest(out / "stage-01/model") == rollout.digest(whole / "run/stage-01/model")
-
-
-def test_force_gives_up_once_and_only_what_it_says(whole, tmp_path):
-    out = tmp_path / "run"
-    shutil.copytree(whole / "run", out)
-    shutil.rmtree(out / "stage-01")
-    with pytest.raises(BadInput, match=r"stage-01 is not whole yet; choose an earlier stage"):
-        cropi.run(**options(whole, out, frac=0.2, force=2))
-    shutil.copytree(whole / "run/stage-01", out / "stage-01")
-    (out / "stage-00/summary.json").unlink()
-    with pytest.raises(BadInput, match=r"stage-00 is not whole, but stage-01 came after it; --force 00"):
-        cropi.run(**options(whole, out))
-    cropi.run(**options(whole, out, force=0, stages=1))
-    first = (out / "rollouts/train.safetensors").stat().st_mtime_ns
-    (out / "stage-00/summary.json").unlink()  # as if killed on the way
-    cropi.run(**options(whole, out, force=0, stages=1))  # the same command
-    assert (out / "rollouts/train.safetensors").stat().st_mtime_ns == first
-    cropi.run(**options(whole, out, force=0, stages=1))  # and once it is whole, a new wish
-    assert (out / "rollouts/train.safetensors").stat().st_mtime_ns != first
-
-
-def test_a_changed_reward_file_is_another_setting(whole, tmp_path):
-    reward = tmp_path / "mine.py"
-    reward.write_text("def f(completions, **columns):\n    return [float('1' in completions[0])]\n")
-    settings = [*SETTINGS, f"rollout.reward={reward}:f", "rollout.max_errors=0.5"]
-    cropi.run(**options(whole, tmp_path / "run", assignments=settings, selector="random", stages=1))
-    reward.write_text("def f(completions, **columns):\n    return [float('2' in completions[0])]\n")
-    rollout.load_reward.cache_clear()
-    with pytest.raises(BadInput, match=r"was begun with as.rollout.reward .*mine.py:f \(.*\), now .*mine.py:f \("):
-        cropi.run(**options(whole, tmp_path / "run", assignments=settings, selector="random", stages=2))
-
-
-def test_parts_belong_to_their_request(tmp_path):
-    one, other = (Unfinished(tmp_path / name, {"seed": seed}, 0.0) for seed, name in enumerate("ab"))
-    for work in (one, other):
-        work.save("gradients", {"x": np.zeros(3, np.float32)}, {})
-    shutil.copy(one.parts[0], other.parts[0])
-    with pytest.raises(BadInput, match="is part of something else"):
-        Unfinished(tmp_path / "b", {"seed": 1}, 0.0).load("gradients")
-    rollout.save_tensors(other.parts[0], "gradients", {"x": np.zeros(3, np.float32)}, {})  # one of no request at all
-    assert Unfinished.seconds_in(tmp_path / "b", "gradients") == 0
-    with pytest.raises(BadInput, match="is part of something else"):
-        Unfinished(tmp_path / "b", {"seed": 1}, 0.0).load("gradients")
-    (one.folder / "request.json").unlink()  # then nobody knows what they are parts of
-    again = Unfinished(tmp_path / "a", {"seed": 5}, 0.0)
-    assert again.load("gradients") == []
-    again.save("gradients", {"x": np.ones(3, np.float32)}, {})
-    assert len(list(again.folder.glob("*.safetensors"))) == 1
-
-
-def test_what_may_change_on_the_way(whole, tmp_path, capsys):
-    shutil.copytree(whole / "run", tmp_path / "run")
-    free = ["rollout.gpu_memory=0.4", "rollout.max_errors=0.5", "project.batch_tokens=500"]
-    cropi.run(**options(whole, tmp_path / "run", assignments=[*SETTINGS, *free], save_every=7.0))
-    assert "goes on: 2 of 2 stages are whole" in capsys.readouterr().out
-
+# Locks, Ctrl-C
 
 CHILD = """
 import sys, time
 sys.path.insert(0, {root!r})
-import rollout
-with rollout.locked(rollout.Path({folder!r})):
+import cropi
+with cropi.locked(cropi.Path({folder!r})):
     print("locked", flush=True)
     time.sleep(60)
 """
@@ -331,32 +405,39 @@ def test_one_run_has_one_writer(whole, tmp_path):
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as other:
         assert other.stdout.readline() == "locked\n"
         before = contents(out)
-        with pytest.raises(BadInput, match="another process is at work here"):
-            cropi.run(**options(whole, out))
+        said = refused(cropi.run, **options(whole, out))
+        assert f"{out}: process {other.pid} on {os.uname().nodename} is at work here" in said
         assert contents(out) == before
         other.kill()
     cropi.run(**options(whole, out))  # a dead process holds no lock
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_ends_at_a_safe_point_with_the_command_that_goes_on(whole, tmp_path, number):
-    words = ["cropi.py", "run", "--out", str(tmp_path / "run"), "--train", str(whole / "train.jsonl"), "--stages", "2"]
+def test_ctrl_c_ends_with_the_command_that_goes_on(whole, tmp_path):
+    """During training, which saves its state after every step."""
+    settings = [*SETTINGS, "train.steps=40", "train.save_every=0"]
+    cropi.run(**options(whole, tmp_path / "undisturbed", assignments=settings, stages=1))
+    words = ["cropi.py", "run", "--out", str(tmp_path / "run"), "--train", str(whole / "train.jsonl"), "--stages", "1"]
     words += ["--valid", str(whole / "valid-rev.jsonl"), "--test", str(whole / "test-rev.jsonl")]
-    words += [word for setting in [*SETTINGS, "train.steps=400"] for word in ("--set", setting)]
+    words += [word for setting in settings for word in ("--set", setting)]
+    where = {"cwd": ROOT, "env": os.environ | {"OMP_NUM_THREADS": "1"}}
     process = subprocess.Popen(
-        [sys.executable, *words], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, *words], **where, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
-    for line in process.stdout:
-        if line.startswith("$ python train.py"):
-            break
-    time.sleep(1.0)
-    process.send_signal(number)
+    checkpoint = tmp_path / "run/stage-01/checkpoint.safetensors"
+    while process.poll() is None and not checkpoint.exists():
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
     _, error = process.communicate(timeout=120)
-    assert process.returncode == 128 + number
-    assert "ending at the next safe point" in error
-    assert error.splitlines()[-1] == f"stopped; to go on: python {' '.join(words)}"
-    (part,) = (tmp_path / "run/stage-00/.model.unfinished").glob("[0-9]*.safetensors")
-    assert 0 < len(open_tensors(part, "training")[1]["log"]) < 400
+    assert process.returncode == 130
+    assert error == f"interrupted; the same command resumes: python {' '.join(words)}\n"
+    assert not left_over(tmp_path / "run") and not (tmp_path / "run/stage-01/model").exists()
+    log = rollout.load(checkpoint, "checkpoint")[1]["facts"]["log"]
+    assert 0 < len(log) < 40
+    command = error.split(": ", 1)[1].split()
+    again = subprocess.run([sys.executable, *command[1:]], **where, capture_output=True, text=True)
+    assert again.returncode == 0, again.stderr
+    assert f"resuming after step {len(log)} of 40" in again.stdout
+    assert kill.result(tmp_path / "run") == kill.result(tmp_path / "undisturbed")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -390,55 +471,43 @@ def limited(work, size: int) -> str:
 
 
 @pytest.mark.parametrize(
-    ("size", "first"),
-    [
-        (2_000, "rollouts/train.safetensors"),
-        (100_000, "stage-00/gradients-train.safetensors"),
-        (600_000, "stage-00/model"),
-        (2_000_000, "stage-00/optimizer.safetensors"),
+    ("first", "largest"),
+    [  # each is larger than all that is made before it
+        ("run.safetensors", "run.safetensors"),
+        ("rollouts/train/00000.safetensors", "rollouts/train/00000.safetensors"),
+        ("stage-01/gradients-train/00000.safetensors", "stage-01/gradients-train/00000.safetensors"),
+        ("stage-01/model", "stage-01/model/model.safetensors"),
+        ("stage-01/optimizer.safetensors", "stage-01/optimizer.safetensors"),
     ],
 )
-def test_a_full_disk_is_one_line_and_loses_nothing(whole, tmp_path, size, first):
-    out = tmp_path / "run"
+def test_a_full_disk_is_one_line_and_loses_nothing(whole, tmp_path, first, largest):
+    out, expected = tmp_path / "run", kill.result(whole / "run")
+    # A file's facts (seconds and so on) differ by some digits from try to try: so 40 bytes less, and any of the shards.
+    size = (whole / "run" / largest).stat().st_size - 40
     said = limited(lambda: cropi.run(**options(whole, out)), size)
-    assert said.startswith(f"refused: {out / first}: no room to write it") and "\n" not in said, said
-    whole_files = [path for path in out.rglob("*.safetensors") if "unfinished" not in str(path)]
-    for path in whole_files:
-        assert path.read_bytes() == (whole / "run" / path.relative_to(out)).read_bytes(), path
-    assert not [path for path in out.rglob(".*") if path.name not in (".lock", ".digest")]
+    named = re.escape(str(out / first)).replace("00000", r"\d{5}")
+    assert re.match(rf"refused: {named}: cannot write it \(.*", said) and "\n" not in said, said
+    assert "make room, or choose another --out" in said and len(said) < 500
+    found = kill.result(out)
+    assert found == {name: expected[name] for name in found} and not left_over(out)
+    assert (first == "run.safetensors") == (not found)
     assert limited(lambda: cropi.run(**options(whole, out)), 1 << 30) == "done"  # there is room again
-    assert rollout.digest(out / "stage-01/model") == rollout.digest(whole / "run/stage-01/model")
+    assert kill.result(out) == expected and not left_over(out)
 
 
 def test_full_disk_for_each_script_alone(whole, tmp_path):
-    run = whole / "run"
+    run, data = whole / "run", str(whole / "train.jsonl")
+    chosen = {"trajectories": run / "rollouts/train", "selector": "pass-rate", "out": tmp_path / "s/s.safetensors"}
     for work in (
-        lambda: rollout.rollout(out=tmp_path / "t", data=whole / "train.jsonl"),
-        lambda: project.project(out=tmp_path / "g", trajectories=run / "rollouts/train.safetensors", k=64),
-        lambda: cropi.select.select(
-            out=tmp_path / "s.safetensors",
-            data=whole / "train.jsonl",
-            trajectories=run / "rollouts/train.safetensors",
-            method="pass-rate",
-        ),
-        lambda: train.train(
-            out=tmp_path / "o", selection=run / "stage-00/selection.safetensors", data=whole / "train.jsonl", steps=1
-        ),
-        lambda: train.train(
-            out=tmp_path / "p",
-            selection=run / "stage-00/selection.safetensors",
-            data=whole / "train.jsonl",
-            steps=3,
-            save_every=0.0,
-        ),
+        lambda: rollout.rollout(out=tmp_path / "t", data=data),
+        lambda: project.project(out=tmp_path / "g", trajectories=run / "rollouts/train", k=64),
+        lambda: cropi.select.select(**chosen, data=data),
+        lambda: train.train(**training(whole, tmp_path / "o", steps=1)),
+        lambda: train.train(**training(whole, tmp_path / "p", steps=3, save_every=0.0)),
     ):
         said = limited(work, 500)
-        assert said.startswith("refused: ") and "no room to write it" in said and "\n" not in said, said
-        assert not [
-            path
-            for path in tmp_path.rglob("*")
-            if path.is_file() and path.name not in ("request.json", "metrics.jsonl")
-        ]
+        assert said.startswith("refused: ") and "cannot write it (" in said and "\n" not in said, said
+        assert not contents(tmp_path) and not left_over(tmp_path)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -446,52 +515,91 @@ def test_full_disk_for_each_script_alone(whole, tmp_path):
 
 
 @st.composite
-def ragged(draw) -> Trajectories:
+def tables(draw) -> Trajectories:
     prompts, samples = draw(st.integers(1, 5)), draw(st.integers(1, 4))
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
-    prompt_length = np.repeat(draw(st.lists(st.integers(1, 6), min_size=prompts, max_size=prompts)), samples)
-    lengths = draw(st.lists(st.integers(1, 7), min_size=prompts * samples, max_size=prompts * samples))
-    offsets = np.concatenate([[0], np.cumsum(prompt_length + lengths)])
+    prompt_length = draw(st.lists(st.integers(1, 6), min_size=prompts, max_size=prompts))
+    length = draw(st.lists(st.integers(1, 7), min_size=prompts * samples, max_size=prompts * samples))
     return Trajectories(
-        tokens=rng.integers(0, 2**31 - 1, offsets[-1]).astype(np.int32),
-        offsets=offsets.astype(np.int64),
-        prompt_length=prompt_length.astype(np.int32),
-        behavior_logps=rng.standard_normal(sum(lengths)).astype(np.float32),
-        rewards=rng.random(prompts * samples).astype(np.float32),
-        prompt_index=np.repeat(rng.permutation(100)[:prompts], samples).astype(np.int32),
-        truncated=rng.integers(0, 2, prompts * samples).astype(np.uint8),
-        metadata={"errors": 0, "timeouts": 0, "text": draw(st.text(max_size=20))},
+        prompt_index=rng.permutation(100)[:prompts].astype(np.int32),
+        prompt_length=np.array(prompt_length, np.int32),
+        prompt_tokens=rng.integers(0, 2**31 - 1, sum(prompt_length)).astype(np.int32),
+        length=np.array(length, np.int32).reshape(prompts, samples),
+        tokens=rng.integers(0, 2**31 - 1, sum(length)).astype(np.int32),
+        behavior_logps=rng.standard_normal(sum(length)).astype(np.float32),
+        rewards=rng.random((prompts, samples)).astype(np.float32),
+        truncated=rng.integers(0, 2, (prompts, samples)).astype(np.uint8),
     )
 
 
 @settings(max_examples=100, deadline=None)
-@given(ragged())
-def test_trajectories_are_read_as_they_were_written(tmp_path_factory, trajectories):
+@given(tables(), st.text(max_size=20))
+def test_trajectories_are_read_as_they_were_written(tmp_path_factory, trajectories, text):
     path = tmp_path_factory.mktemp("t") / "t.safetensors"
-    tensors = {name: getattr(trajectories, name) for name in rollout.TENSORS}
-    rollout.save_tensors(path, "trajectories", tensors, trajectories.metadata)
-    back = rollout.open_trajectories(path)
+    recipe = rollout.make_recipe("trajectories", {}, {"reward": "exact", "system": text}, data="0")
+    rollout.save(path, trajectories.tensors(), recipe, {"text": text, "number": 0.1})
+    back, record = rollout.load_trajectories(path)
     theirs = safetensors.numpy.load_file(path)  # the library's own reader
-    for name, values in tensors.items():
+    assert set(theirs) == set(rollout.TENSORS)
+    for name, values in trajectories.tensors().items():
         for read in (getattr(back, name), theirs[name]):
             assert read.dtype == values.dtype
             np.testing.assert_array_equal(read, values)
-    assert back.metadata == trajectories.metadata
-    order = list(trajectories.groups())[::-1]
-    twice = join_trajectories([join_trajectories([trajectories], order)], order[::-1])  # there and back
-    for name, values in tensors.items():
-        np.testing.assert_array_equal(getattr(twice, name), values)
+    assert record["recipe"] == recipe and record["facts"] == {"text": text, "number": 0.1}
+    assert record == rollout.peek(path) | {"identity": record["identity"]}
+    # every trajectory by lists, one after the other
+    tokens, logps, prompts = (list(x) for x in (back.tokens, back.behavior_logps, back.prompt_tokens))
+    for n, row in enumerate(back.length.tolist()):
+        assert list(back.prompt(n)) == [prompts.pop(0) for _ in range(back.prompt_length[n])]
+        for k, length in enumerate(row):
+            span = back.span(n, k)
+            assert list(back.tokens[span]) == [tokens.pop(0) for _ in range(length)]
+            assert list(back.behavior_logps[span]) == [logps.pop(0) for _ in range(length)]
+    assert not tokens and not logps and not prompts
+    # some prompts, and all: the same trajectories of each
+    some = back.take(np.arange(len(back.length))[::2])
+    for place, n in enumerate(range(0, len(back.length), 2)):
+        np.testing.assert_array_equal(some.prompt(place), back.prompt(n))
+        for k in range(back.samples):
+            np.testing.assert_array_equal(some.tokens[some.span(place, k)], back.tokens[back.span(n, k)])
+    for name, values in back.take(np.arange(len(back.length))).tensors().items():
+        np.testing.assert_array_equal(values, getattr(back, name))
 
 
-def test_json_is_read_as_it_was_written(tmp_path):
-    content = {"a": [1, 2.5, None, "ü"], "b": {"c": float("inf")}}
-    write_json(tmp_path / "x.json", content)
-    assert load_json(tmp_path / "x.json") == content
-    assert load_json(tmp_path / "none.json") is None
-    for text in ("", "[]", "3", '{"a": 1}', "{", json.dumps({"a": 1, "digest": "0" * 16}), "\x00"):
-        (tmp_path / "x.json").write_text(text)
-        with pytest.raises(BadInput, match=r"x\.json"):
-            load_json(tmp_path / "x.json")
+def test_a_file_made_again_is_the_same_file(whole, tmp_path):
+    """The identity is of recipe and tensors: not of the facts, nor of the order in which tensors or options come."""
+    tensors, record = rollout.load(whole / FILES["gradients"], "gradients")
+    recipe = dict(reversed(record["recipe"].items()))
+    rollout.save(tmp_path / "a.safetensors", dict(reversed(tensors.items())), recipe, {"seconds": 99.0})
+    again = rollout.load(tmp_path / "a.safetensors", "gradients")[1]
+    assert again["identity"] == record["identity"] and again["facts"] != record["facts"]
+    for other in (
+        (tensors | {"grad_norm": np.nextafter(tensors["grad_norm"], np.float32(9))}, recipe),
+        (tensors | {"grad_norm": tensors["grad_norm"][None]}, recipe),
+        (tensors | {"grad_norm": tensors["grad_norm"].view(np.int32)}, recipe),
+        ({name: values for name, values in tensors.items() if name != "grad_norm"}, recipe),
+        (tensors, recipe | {"kind": "other"}),
+    ):
+        rollout.save(tmp_path / "b.safetensors", *other, {})
+        assert rollout.peek(tmp_path / "b.safetensors")["identity"] != record["identity"]
+
+
+def test_what_is_no_record_is_refused(whole, tmp_path):
+    shutil.copytree(whole / "run/stage-01/model", tmp_path / "m")
+    path = tmp_path / "m/cropi.json"
+    record = json.loads(path.read_text())
+    old = record | {"recipe": record["recipe"] | {"format": "cropi/3"}}
+    for text in ("", "[]", "3", "null", '{"a": 1}', "{", "\x00", '{"recipe": 3}', '{"recipe": {"format": "cropi/4"}}'):
+        path.write_text(text)
+        assert str(path) in refused(lambda: rollout.peek(tmp_path / "m"))
+    path.write_text(json.dumps(old))
+    assert f"{path} has the format cropi/3, not {rollout.FORMAT}" in refused(lambda: rollout.peek(tmp_path / "m"))
+    path.write_bytes(b"\xff\xfe\x00")
+    assert str(path) in refused(lambda: rollout.peek(tmp_path / "m"))
+    foreign = tmp_path / "foreign.safetensors"
+    for metadata in (None, {"cropi": "3"}, {"format": "pt"}, {"cropi": "{}"}):
+        safetensors.numpy.save_file({"x": np.zeros(3)}, foreign, metadata)
+        assert str(foreign) in refused(lambda: rollout.load(foreign, "gradients"))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -508,17 +616,15 @@ def test_nan_stops_with_step_and_prompts_and_keeps_the_last_good_weights(whole, 
             next(policy.parameters()).grad.fill_(float("nan"))
         return measured
 
-    monkeypatch.setattr(train, "grpo_step", poisoned)
-    given_ = {"selection": whole / "run/stage-00/selection.safetensors", "data": whole / "train.jsonl", "steps": 5}
-    with pytest.raises(BadInput, match=r"step 2: gradient is not finite at prompts \[\d+, "):
-        train.train(out=tmp_path / "o", **given_)
-    (part,) = (tmp_path / "o/.model.unfinished").glob("[0-9]*.safetensors")
-    tensors, metadata = open_tensors(part, "training")
-    assert len(metadata["log"]) == 2 and all(np.isfinite(values).all() for values in tensors.values())
-    monkeypatch.setattr(train, "grpo_step", grpo_step)
-    train.train(out=tmp_path / "o", **given_)
-    train.train(out=tmp_path / "p", **given_)
-    assert rollout.digest(tmp_path / "o/model") == rollout.digest(tmp_path / "p/model")
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "grpo_step", poisoned)
+        with pytest.raises(BadInput, match=r"step 2: gradient is not finite at prompts \[\d+, "):
+            train.train(**training(whole, tmp_path / "o", save_every=0.0))
+    tensors, record = rollout.load(tmp_path / "o/checkpoint.safetensors", "checkpoint")
+    assert len(record["facts"]["log"]) == 2 and all(np.isfinite(values).all() for values in tensors.values())
+    train.train(**training(whole, tmp_path / "o"))
+    train.train(**training(whole, tmp_path / "p"))
+    assert kill.result(tmp_path / "o") == kill.result(tmp_path / "p")
 
 
 def test_collapse_is_said_once(capsys):
@@ -534,25 +640,27 @@ def test_collapse_is_said_once(capsys):
 
 
 class Evil:
+    def __init__(self, mark: Path):
+        self.mark = mark
+
     def __reduce__(self):
-        return (os.system, ("touch /tmp/cropi-was-here",))
+        return (os.system, (f"touch {self.mark}",))
 
 
 def test_hostile_models_and_files_are_refused_or_harmless(tmp_path):
-    mark = rollout.Path("/tmp/cropi-was-here")
-    mark.unlink(missing_ok=True)
+    mark = tmp_path / "cropi-was-here"
 
-    def model(name: str) -> rollout.Path:
+    def model(name: str) -> Path:
         shutil.copytree(TOY / "model", tmp_path / name)
         return tmp_path / name
 
     pickled = model("pickled")
-    torch.save(Evil(), pickled / "model.safetensors")
+    torch.save(Evil(mark), pickled / "model.safetensors")
     with pytest.raises(BadInput, match="pickled: cannot load this model"):
         rollout.load_model(pickled)
     binary = model("bin")
     (binary / "model.safetensors").unlink()
-    torch.save(Evil(), binary / "pytorch_model.bin")
+    torch.save(Evil(mark), binary / "pytorch_model.bin")
     with pytest.raises(BadInput, match="bin: cannot load this model"):
         rollout.load_model(binary)
     remote = model("remote")
@@ -566,15 +674,18 @@ def test_hostile_models_and_files_are_refused_or_harmless(tmp_path):
     header = json.dumps({"x": {"dtype": "F32", "shape": [1 << 38], "data_offsets": [0, 1 << 40]}}).encode()
     for length in (len(header), 1 << 40):
         huge.write_bytes(struct.pack("<Q", length) + header)
-        with pytest.raises(BadInput, match=r"huge\.safetensors is not a whole safetensors file"):
-            open_tensors(huge, "trajectories")
+        with pytest.raises(BadInput, match=re.escape(f"{huge} is damaged, or not one of our files")):
+            rollout.load(huge, "trajectories")
         shutil.copy(huge, pickled / "model.safetensors")
         with pytest.raises(BadInput, match="pickled: cannot load this model"):
             rollout.load_model(pickled)
-    rows = [{"prompt": f"../../etc/passwd rev(12)= {mark}", "answer": "$(touch /tmp/cropi-was-here)"}]
+    torch.save(Evil(mark), tmp_path / "0.safetensors")
+    with pytest.raises(BadInput, match=r"0\.safetensors is damaged, or not one of our files"):
+        rollout.load(tmp_path / "0.safetensors", "checkpoint")
+    rows = [{"prompt": "../../etc/passwd rev(12)= $(id)", "answer": f"$(touch {mark})"}]
     (tmp_path / "d.jsonl").write_text(json.dumps(rows[0]) + "\n")
-    rolled = rollout.rollout(out=tmp_path / "t", data=tmp_path / "d.jsonl", samples=2)
-    assert len(rolled.rewards) == 2
+    rollout.rollout(out=tmp_path / "t", data=str(tmp_path / "d.jsonl"), samples=2)
+    assert load_all(tmp_path / "t").rewards.shape == (1, 2)
     for answer in (f"__import__('os').system('touch {mark}')", f"exec(open('{mark}', 'w'))", f"1+open('{mark}','w')"):
         assert not rollout.same_answer("5", answer) and not rollout.same_answer("5", rf"\text{{{answer}}}")
     assert not mark.exists()
