@@ -7,10 +7,11 @@
 
 An arm is a name and options of `cropi.py run`. `--arm` replaces the seven of the study by arms of your own; what stands
 after `--` goes to every run. One folder holds the study: a run folder ARM-SEED and a log ARM-SEED.log each, and
-study.json, which says what the arms were. The same command goes on where a study was stopped and keeps what is whole;
-with other options, a study or a run in it is refused, by name.
+study.json, which says what the arms were. The same command resumes a study that was stopped, and makes only what is
+missing; with other options, a study or a run in it is refused, by name.
 """
 
+import json
 import os
 import re
 import shlex
@@ -29,7 +30,8 @@ sys.path.insert(0, str(ROOT))
 os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 
 import cropi  # noqa: E402
-from rollout import BadInput, check_out, command_line, load_model, new_app, require  # noqa: E402
+import rollout  # noqa: E402
+from rollout import BadInput, require  # noqa: E402
 
 ARMS = {
     "influence": "",
@@ -41,7 +43,7 @@ ARMS = {
     "learnability": "--selector learnability",
 }
 QUICK = ("influence", "full", "random")
-app = new_app()
+app = typer.Typer(**rollout.PLAIN)
 
 
 class Log:
@@ -51,8 +53,8 @@ class Log:
         self.file, self.bar = file, bar
 
     def write(self, text: str) -> int:
-        if found := re.match(r"stage \d+ of (\d+)", text):  # cropi.py's line after each stage
-            self.bar.update(1 / int(found[1]))
+        if line := re.match(r"stage \d+ of (\d+)", text):  # cropi.py's line after each stage
+            self.bar.update(1 / int(line[1]))
         return self.file.write(text)
 
     def flush(self) -> None:
@@ -100,23 +102,27 @@ def ablate(
     given = {word.partition("=")[0] for options in (common, *arms.values()) for word in options}
     require(not given & {"--seed", "--out"}, "--seed and --out of each run are set here; there are --seeds and --out")
     file = out / "study.json"
-    check_out(file)
-    found = cropi.load_json(file) or {"stages": stages, "options": common, "arms": {}}
-    require(found["stages"] == stages, f"{out} was begun with --stages {found['stages']}; choose a new --out")
-    was = shlex.join(found["options"]) or "no options"
-    require(found["options"] == common, f"{out} was begun with {was} for all runs; choose a new --out")
-    for name in set(arms) & set(found["arms"]):
-        was = shlex.join(found["arms"][name]) or "no options"
-        require(found["arms"][name] == arms[name], f"{out}: its arm {name} was begun as '{was}'; choose another name")
+    rollout.check_out(out)
+    try:
+        begun = json.loads(file.read_text()) if file.exists() else {"stages": stages, "options": common, "arms": {}}
+    except ValueError as error:
+        raise BadInput(f"{file} is damaged ({error}); remove it, and the same command writes it again") from None
+    require(begun["stages"] == stages, f"{out} was begun with --stages {begun['stages']}; choose a new --out")
+    was = shlex.join(begun["options"]) or "no options"
+    require(begun["options"] == common, f"{out} was begun with {was} for all runs; choose a new --out")
+    for name in set(arms) & set(begun["arms"]):
+        was = shlex.join(begun["arms"][name]) or "no options"
+        require(begun["arms"][name] == arms[name], f"{out}: its arm {name} was begun as '{was}'; choose another name")
     command = typer.main.get_command(cropi.app).commands["run"]
     for name, options in arms.items():  # a slip in the last arm is to be known before the first has run
         try:
             cropi.parse_settings(command.make_context("run", [*common, *options]).params["assignments"] or [])
         except (BadInput, typer.BadParameter.__base__) as error:
             raise BadInput(f"arm {name}: {getattr(error, 'message', error)}") from None
-    cropi.write_json(file, found | {"arms": found["arms"] | arms})
+    with rollout.new_file(file) as temporary:
+        temporary.write_text(json.dumps(begun | {"arms": begun["arms"] | arms}, indent=1) + "\n")
 
-    load_model(cropi.TOY / "model")  # transformers imports the model's code now, not on the clock of the first run
+    rollout.load_model(rollout.TOY / "model")  # transformers imports the model's code now, not on the first run's clock
     shown = "{desc}: {percentage:3.0f}%|{bar}| {n:.1f} of {total} runs [{elapsed}<{remaining}]"
     with tqdm(total=len(arms) * seeds, bar_format=shown, disable=None) as bar:
         for seed in range(seeds):  # all arms of a seed before the next, so that a slow hour of the machine hits all
@@ -134,4 +140,4 @@ def ablate(
 
 
 if __name__ == "__main__":
-    command_line(app)
+    rollout.command_line(app)

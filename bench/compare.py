@@ -6,6 +6,7 @@
 Runs that differ in nothing but their seed are an *arm*. Accuracy is the mean over the targeted test sets (untargeted:
 over the others). Steps, trajectories sampled (offline and in training) and seconds are what it cost: the seconds of
 offline rollouts, of scoring and selection, and of training; not those of evaluation, nor of starting Python, in no arm.
+Seconds are the working time of all processes, added up: compare runs that had equally many.
 What a stage needs before its first step moves the clock on while the accuracy stands still. Within training, cost and
 accuracy are taken to be linear between two evaluations.
 
@@ -32,6 +33,7 @@ what is between them is replaced.
 """
 
 import itertools
+import json
 import os
 import re
 import sys
@@ -51,16 +53,9 @@ from scipy.stats import t as student
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import cropi  # noqa: E402
-from rollout import (  # noqa: E402
-    FORMAT,
-    check_out,
-    command_line,
-    new_app,
-    open_trajectories,
-    require,
-    whole_file,
-)
+import rollout  # noqa: E402
+from cropi import select  # noqa: E402
+from rollout import require  # noqa: E402
 
 DRAWS = 10_000
 # axis -> what a stage pays before its first step, and what it pays while it trains
@@ -179,16 +174,54 @@ def mean_interval(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 # ---------------------------------------------------------------------------------------------------------------------
 # From folders to arms
 
+RUN = "run.safetensors"  # cropi.py's, which holds what the run was made from
+
 
 def find_runs(paths: list[Path]) -> list[Path]:
     """The run folders among the paths and directly below them; other files (a study's logs) are passed over."""
     runs = []
     for path in paths:
-        below = [path] if (path / "run.json").is_file() else sorted(file.parent for file in path.glob("*/run.json"))
-        require(bool(below) or path.is_file(), f"{path}: no run here (a folder with run.json)")
-        runs += below
+        files = [path / RUN] if (path / RUN).is_file() else sorted(path.glob(f"*/{RUN}"))
+        require(bool(files) or path.is_file(), f"{path}: no run here (a folder with {RUN})")
+        runs += [file.parent for file in files]
     require(bool(runs), f"no run among {', '.join(map(str, paths))}")
     return list(dict.fromkeys(runs))
+
+
+@dataclass
+class Finished:
+    """A run whose report is there."""
+
+    path: Path
+    seed: int
+    made_from: dict[str, object]  # option or input, as one would give it to cropi.py -> its value, or its digest
+    tests: dict[str, dict]  # name of a test set -> recipe of its trajectories, but for the seed
+    report: dict
+
+
+def read_run(path: Path) -> Finished:
+    """A run folder's recipe and report.
+
+    Raises:
+        BadInput: it is not finished, is of another format, or has no targeted test set.
+    """
+    recipe = rollout.peek(path / RUN)["recipe"]
+    again = "run its command, or that of its study, again"
+    file = path / "report.json"
+    require(file.is_file(), f"{path} is not finished (it has no report.json); {again}")
+    report = json.loads(file.read_text())
+    require(bool(report["targeted"]), f"{path} has no targeted test set (one with the name of a validation set)")
+    made_from = {f"code of {script}.py": value for script, value in recipe["code"].items()}
+    for name, value in (recipe["inputs"] | recipe["options"]).items():
+        made_from[f"--{'set ' if '.' in name else ''}{name.replace('_', '-')}"] = value
+    made_from["device"] = recipe["device"]
+    tests = {}
+    for name in report["evaluations"][0]["accuracy"]:
+        folder = path / "rollouts" / f"test-{name}"
+        require(folder.is_dir(), f"{folder} is gone, so what {path} was evaluated on is unknown; {again}")
+        made = rollout.peek(rollout.shard_paths(folder, "trajectories")[0])["recipe"]
+        tests[name] = {"data": made["inputs"]["data"], "options": made["options"] | {"seed": None}}
+    return Finished(path, made_from.pop("--seed"), made_from, tests, report)
 
 
 def read_arms(paths: list[Path]) -> dict[str, Arm]:
@@ -198,47 +231,44 @@ def read_arms(paths: list[Path]) -> dict[str, Arm]:
         BadInput: a run is not finished, two runs of an arm have different options, or the same seed, or arms cannot
             be compared since their test sets, the evaluation or the initial model differ.
     """
-    found: dict[str, list[tuple[int, Path, dict, dict]]] = {}
-    for path in paths:
-        begun, report = cropi.load_json(path / "run.json"), cropi.load_json(path / "report.json")
-        require(begun["format"] == FORMAT, f"{path} was made by another version of the scripts ({begun['format']})")
-        require(
-            report is not None,
-            f"{path} is not finished (it has no report.json); run its command, or that of its study, again",
-        )
-        require(bool(report["targeted"]), f"{path} has no targeted test set (one with the name of a validation set)")
-        settings = begun["settings"]
-        seed = settings.pop("seed")
-        found.setdefault(re.sub(rf"-{seed}$", "", path.name), []).append((seed, path, settings, report))
-    first = next(iter(found.values()))[0]
+    by_name: dict[str, list[Finished]] = {}
+    for run in map(read_run, paths):
+        by_name.setdefault(re.sub(rf"-{run.seed}$", "", run.path.name), []).append(run)
+    first = next(iter(by_name.values()))[0]
     arms = {}
-    for name, runs in found.items():
-        for _, path, settings, report in runs:
-            _, other, others, _ = runs[0]
-            changed = [option for option in others | settings if settings.get(option) != others.get(option)]
-            changed = ", ".join(f"--{option.replace('_', '-')}" for option in changed)
-            require(not changed, f"{path} and {other} differ in more than the seed: {changed}")
-            for thing, one, another in (
-                ("--model", settings["model"], first[2]["model"]),
-                ("--test", settings["test"], first[2]["test"]),
-                ("--set test", settings["set"]["test"], first[2]["set"]["test"]),
-                ("choice of targeted test sets", report["targeted"], first[3]["targeted"]),
+    for name, runs in by_name.items():
+        for run in runs:
+            one, other = run.made_from, runs[0].made_from
+            changed = ", ".join(option for option in other | one if one.get(option) != other.get(option))
+            require(not changed, f"{run.path} and {runs[0].path} differ in more than the seed: {changed}")
+            for thing, ours, theirs in (
+                ("--model", one["--model"], first.made_from["--model"]),
+                ("--test", data_of(run.tests), data_of(first.tests)),
+                ("--set test", options_of(run.tests), options_of(first.tests)),
+                ("choice of targeted test sets", run.report["targeted"], first.report["targeted"]),
             ):
-                require(one == another, f"{path} and {first[1]} cannot be compared: another {thing}")
-            stages = [e["steps"] for e in report["evaluations"]]
-            same = stages == [e["steps"] for e in runs[0][3]["evaluations"]]
-            require(same, f"{path} has other stages or steps than {other}")
-        seeds = [run[0] for run in runs]
-        twice = [str(path) for seed, path, *_ in runs if seeds.count(seed) > 1]
+                require(ours == theirs, f"{run.path} and {first.path} cannot be compared: another {thing}")
+            stages = [[e["steps"] for e in each.report["evaluations"]] for each in (run, runs[0])]
+            require(stages[0] == stages[1], f"{run.path} has other stages or steps than {runs[0].path}")
+        seeds = [run.seed for run in runs]
+        twice = [str(run.path) for run in runs if seeds.count(run.seed) > 1]
         require(not twice, f"{', '.join(twice)}: two runs of one arm and seed; leave one out")
-        reports = [run[3] for run in runs]
+        reports = [run.report for run in runs]
         arms[name] = Arm(
             seeds,
             *(np.array([accuracy(report, targeted) for report in reports]) for targeted in (True, False)),
-            np.array([standard_errors(path, report) for _, path, _, report in runs]),
+            np.array([standard_errors(run.path, run.report) for run in runs]),
             {axis: np.array([cost(report["evaluations"], axis) for report in reports]) for axis in COSTS},
         )
     return dict(sorted(arms.items(), key=lambda item: -item[1].targeted[:, -1].mean()))
+
+
+def data_of(tests: dict[str, dict]) -> dict[str, str]:
+    return {name: made["data"] for name, made in tests.items()}
+
+
+def options_of(tests: dict[str, dict]) -> dict[str, dict]:
+    return {name: made["options"] for name, made in tests.items()}
 
 
 def accuracy(report: dict, targeted: bool) -> list[float]:
@@ -249,15 +279,14 @@ def accuracy(report: dict, targeted: bool) -> list[float]:
 
 def standard_errors(path: Path, report: dict) -> list[float]:
     """Of the targeted accuracy, evaluation by evaluation, from the trajectories of the run's evaluations."""
-    found = []
+    errors = []
     for stage in range(len(report["evaluations"])):
-        folder = path / (f"stage-{stage - 1:02d}" if stage else "rollouts")
-        files = [folder / f"test-{name}.safetensors" for name in report["targeted"]]
-        whole = all(file.is_file() for file in files)
-        stored = [open_trajectories(file) for file in files] if whole else []
-        rewards = [np.array([s.rewards[rows] for rows in s.groups().values()]) for s in stored]
-        found.append(standard_error(rewards) if whole else np.nan)
-    return found
+        parent = path / (f"stage-{stage:02d}" if stage else "rollouts")
+        folders = [parent / f"test-{name}" for name in report["targeted"]]
+        there = all(folder.is_dir() for folder in folders)
+        rewards = [select.load_set(folder, "trajectories")["rewards"] for folder in folders if there]
+        errors.append(standard_error(rewards) if there else np.nan)
+    return errors
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -340,7 +369,7 @@ def place_for(path: Path, name: str) -> tuple[str, str]:
     return before + begin, end + after
 
 
-app = new_app()
+app = typer.Typer(**rollout.PLAIN)
 
 
 @app.command(help=__doc__.splitlines()[0])
@@ -359,7 +388,8 @@ def compare(
         out = Path(runs[0] if len(runs) == 1 else os.path.commonpath([run.absolute() for run in runs])) / "comparison"
     files = [out.with_name(out.name + ending) for ending in (".json", ".png")] + [markdown or Path(f"{out}.md")]
     for file in files:
-        check_out(file)
+        require(not file.is_dir(), f"{file} is a folder; choose another --out")
+        rollout.check_out(file.parent)
     before, after = place_for(files[2], out.name)
     rows = table(arms, base)
     text = as_markdown(rows, base)
@@ -375,14 +405,16 @@ def compare(
     if np.isfinite(errors).any():
         print(f"standard error of a point: median {np.nanmedian(errors):.4f}, largest {np.nanmax(errors):.4f}")
     curves = {name: vars(arm) for name, arm in arms.items()}
-    cropi.write_json(files[0], {"base": base, "table": rows, "curves": without_nan(curves)})
-    with whole_file(files[1]) as temporary:
+    with rollout.new_file(files[0]) as temporary:
+        result = {"base": base, "table": rows, "curves": without_nan(curves)}
+        temporary.write_text(json.dumps(result, indent=1) + "\n")
+    with rollout.new_file(files[1]) as temporary:
         draw(arms, base).savefig(temporary, dpi=110, format="png")
-    with whole_file(files[2]) as temporary:
+    with rollout.new_file(files[2]) as temporary:
         temporary.write_text(before + text + after)
     print(", ".join(map(str, files)))
     return rows
 
 
 if __name__ == "__main__":
-    command_line(app)
+    rollout.command_line(app)

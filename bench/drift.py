@@ -20,6 +20,7 @@ Writes docs/drift.png and, with the diagnostics that project.py and select.py re
 
 import argparse
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -39,57 +40,62 @@ select = cropi.select
 STAGES = (0, 1, 2, 4, 8)
 # label -> options of project.py
 ESTIMATORS = {ratio: {"ratio": ratio} for ratio in project.RATIOS} | {
-    "sequence, cap 2": {"ratio": "sequence", "cap": 2.0},
+    "sequence, cap 2": {"ratio": "sequence", "cap": 2.0}
 }
-SETS = {"train": cropi.TOY / "train.jsonl"} | {Path(path).stem: path for path in cropi.TOY_VALID}
+SETS = {"train": cropi.TOY_POOL} | {Path(path).stem: path for path in cropi.TOY_VALID}
 
 
 def sample(folder: Path, model: Path, samples: dict[str, int], seed: int) -> dict[str, Path]:
     """Trajectories of the pool and of the validation sets."""
-    files = {name: folder / f"{name}-{seed}.safetensors" for name in SETS}
-    for name, out in files.items():
+    folders = {name: folder / f"{name}-{seed}" for name in SETS}
+    for name, out in folders.items():
         rollout.rollout(out=out, model=model, data=SETS[name], samples=samples[name], seed=seed)
-    return files
+    return folders
 
 
 def choose(folder: Path, model: Path, trajectories: dict[str, Path], **options) -> tuple[np.ndarray, dict]:
     """The selection of 10% of the pool, and its diagnostics."""
-    gradients = {name: folder / f"gradients-{name}.safetensors" for name in SETS}
+    gradients = {name: folder / f"gradients-{name}" for name in SETS}
     for name, out in gradients.items():
         project.project(trajectories=trajectories[name], out=out, model=model, **options)
-    valid = [gradients[name] for name in SETS if name != "train"]
-    chosen = select.select(
-        out=folder / "selection.safetensors",
+    out = folder / "selection.safetensors"
+    select.select(
+        out=out,
         data=SETS["train"],
         trajectories=trajectories["train"],
         gradients=gradients["train"],
-        valid_gradients=valid,
+        valid_gradients=[gradients[name] for name in SETS if name != "train"],
     )
-    return chosen, rollout.open_tensors(folder / "selection.safetensors", "selection")[1]["diagnostics"]
+    tensors, record = rollout.load(out, "selection")
+    for gradient in gradients.values():
+        shutil.rmtree(gradient)  # there are dozens of them, and each holds a number of k for every live prompt
+    return tensors["ranked"], record["facts"]["diagnostics"]
 
 
 def compare(run: Path, folder: Path, stage: int, seed: int, fresh: int) -> dict:
     """Agreements and diagnostics for one policy of one run."""
-    model = run / f"stage-{stage - 1:02d}" / "model" if stage else rollout.TOY / "model"
+    model = run / f"stage-{stage:02d}" / "model" if stage else rollout.TOY / "model"
     truths = []
     for number in (0, 1):
         files = sample(folder, model, dict.fromkeys(SETS, fresh), seed=10_000 + 10 * seed + number)
-        truths.append(choose(folder, model, files, halves=0, seed=1 + number)[0])
+        truths.append(choose(folder / f"fresh-{number}", model, files, halves=0, seed=1 + number)[0])
     agreement = {"ceiling": select.overlap(*truths)}
 
     def agree(chosen: np.ndarray) -> float:
         return float(np.mean([select.overlap(chosen, truth) for truth in truths]))
 
-    stored = {name: run / "rollouts" / f"{name}.safetensors" for name in SETS}
-    diagnostics = {}
+    stored = {name: run / "rollouts" / name for name in SETS}
+    diagnostics: dict = {}
     for label, options in ESTIMATORS.items():
-        chosen, found = choose(folder, model, stored, **options)
+        chosen, reported = choose(folder / label.replace(", ", "-").replace(" ", "-"), model, stored, **options)
         agreement[label] = agree(chosen)
-        diagnostics = diagnostics or found  # those of the default
+        diagnostics = diagnostics or reported  # those of the default
     few = {name: 8 if name == "train" else 32 for name in SETS}
-    chosen, _ = choose(folder, model, sample(folder, model, few, seed=20_000 + seed), halves=0, seed=3)
+    files = sample(folder, model, few, seed=20_000 + seed)
+    chosen, _ = choose(folder / "refreshed", model, files, halves=0, seed=3)
     agreement["refreshed"] = agree(chosen)
-    live = np.array(list(rollout.open_trajectories(stored["train"]).live_groups()))
+    shards = [rollout.load_trajectories(path)[0] for path in rollout.shard_paths(stored["train"], "trajectories")]
+    live = np.concatenate([shard.prompt_index[shard.live()] for shard in shards])
     agreement["chance"] = float(np.mean([select.overlap(live, truth) for truth in truths]))
     agreement["reachable"] = float(np.mean([select.overlap(truth, live) for truth in truths]))
     return {"seed": seed, "stage": stage, "agreement": agreement, "diagnostics": diagnostics}
@@ -147,17 +153,18 @@ if __name__ == "__main__":
         run = arguments.runs / f"influence-20-steps-{seed}"
         command = [sys.executable, str(ROOT / "cropi.py"), "run", "--seed", str(seed), "--set", "train.steps=20"]
         command += ["--out", str(run)]
-        subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)  # whole runs are left as they are
+        subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)  # what is there is not made again
         folder = arguments.runs / f"drift-{arguments.fresh}" / f"{seed}-{stage}"
-        done = folder / "agreement.json"
-        made_by = [rollout.digest(ROOT / "project.py"), rollout.digest(ROOT / "select.py"), ESTIMATORS]
-        found = json.loads(done.read_text()) if done.exists() else {}
-        if found.get("made_by") != made_by:
-            found = compare(run, folder, stage, seed, arguments.fresh) | {"made_by": made_by}
-            for file in folder.glob("*.safetensors"):
-                file.unlink()
-            done.write_text(json.dumps(found, indent=1) + "\n")
-        table.append({name: value for name, value in found.items() if name != "made_by"})
+        file = folder / "agreement.json"
+        made_by = [project.CODE | select.CODE, ESTIMATORS]
+        row = json.loads(file.read_text()) if file.exists() else {}
+        if row.get("made_by") != json.loads(json.dumps(made_by)):
+            row = compare(run, folder, stage, seed, arguments.fresh) | {"made_by": made_by}
+            for path in folder.iterdir():
+                shutil.rmtree(path)
+            with rollout.new_file(file) as temporary:
+                temporary.write_text(json.dumps(row, indent=1) + "\n")
+        table.append({name: value for name, value in row.items() if name != "made_by"})
     (ROOT / "docs" / "drift.json").write_text(json.dumps({"fresh": arguments.fresh, "table": table}, indent=1) + "\n")
     draw(table, arguments.fresh)
     names = list(table[0]["agreement"])

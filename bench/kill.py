@@ -2,21 +2,27 @@
 
     python bench/kill.py --kills 100
 
-A run of two small stages that saves after every batch and step is killed (SIGKILL) after random times and started
-anew, until it ends; then the next one, until so many kills have been survived. Selections, models and optimizer states
-must be those of a run that nobody killed. Prints what had been written last when the kills came. Processes are forked
-from one that has imported everything, since importing takes longer than the run.
+Runs of two small stages are killed (SIGKILL), five times each, at moments drawn uniformly over the time that an
+undisturbed run works, and started again until they end. That time is measured anew before each run, as other work may
+make the machine slower or faster. Time that a new process needs to find its place, measured as a run with nothing to
+do, is added to its moments, so that what is hit is work and not the start of a process. Processes are forked from one
+that has imported everything.
+
+At the end the tensors, the models' files and all identities must be those of the run that nobody killed, nothing that
+a killed try left may be there, and all files must be readable as the umask says. Prints what was being made when the
+kills came: `.NAME.part` is there from before a file's first byte until after it has got its name.
 """
 
 import argparse
-import collections
 import multiprocessing
 import os
 import random
 import re
+import stat
 import sys
 import tempfile
 import time
+from collections import Counter
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -24,16 +30,21 @@ sys.path.insert(0, str(ROOT))
 
 import datasets  # noqa: E402, F401  (imported now and not in every process)
 import matplotlib.figure  # noqa: E402, F401
+import safetensors.numpy  # noqa: E402
 import torch  # noqa: E402
 
 import cropi  # noqa: E402
-from rollout import TOY, Source, digest  # noqa: E402
+from rollout import TOY, digest, peek  # noqa: E402
 
 SETTINGS = (
-    *("rollout.batch_tokens=1500", "project.batch_tokens=400", "project.halves=20", "project.k=64", "valid.samples=4"),
-    *("test.samples=2", "train.steps=4", "train.batch_prompts=8", "train.lr=1e-3"),
+    *("project.halves=20", "project.k=64", "valid.samples=4", "test.samples=2", "rollout.batch_tokens=1500"),
+    *("train.steps=30", "train.batch_prompts=16", "train.lr=1e-3", "train.save_every=0"),
 )
 SIZES = {"train": 60, "valid-rev": 12, "test-rev": 10}
+PER_RUN = 5  # kills
+UMASK = 0o027  # of the runs; not the usual one, so that its part in the files' modes is seen
+LATE = "too late: the process had ended"
+TRAINING, TEMPORARY = "inside training", "between a temporary file and its rename"
 
 
 def make_world(folder: Path) -> None:
@@ -42,75 +53,138 @@ def make_world(folder: Path) -> None:
         (folder / f"{name}.jsonl").write_text("".join(lines))
 
 
-def run(world: Path, out: Path) -> None:
+def run(world: Path, out: Path, pictures: bool = True) -> None:
     """In a process of its own."""
+    if not pictures:
+        cropi.draw_curve = cropi.draw_selection = lambda *given: None
     torch.set_num_threads(1)  # what was forked has no threads, and rounding must not depend on their number
+    os.umask(UMASK)
     quiet = os.open(os.devnull, os.O_WRONLY)
     for stream in (1, 2):
         os.dup2(quiet, stream)
     cropi.run(
-        pool=Source(world / "train.jsonl"),
+        pool=str(world / "train.jsonl"),
         valid=[str(world / "valid-rev.jsonl")],
         test=[str(world / "test-rev.jsonl")],
         stages=2,
         frac=0.3,
         assignments=list(SETTINGS),
-        save_every=0.0,
         refresh_every=1,
         out=out,
     )
 
 
 def result(out: Path) -> dict[str, str]:
-    """Digests of all that the next stage, or a person, would use."""
-    files = [*out.glob("**/selection.*"), *out.glob("**/optimizer.safetensors"), *out.glob("**/rollouts/*.safetensors")]
-    files += [*out.glob("**/model"), *out.glob("**/gradients-*"), *out.glob("**/test-*")]
-    return {str(path.relative_to(out)): digest(path) for path in files}
+    """Of all that a run has made: digests of the tensors, as the library reads them, and of the models' other files,
+    and the identities."""
+    made = {}
+    for path in sorted(out.rglob("*.safetensors")):
+        tensors = safetensors.numpy.load_file(path)
+        parts = [part for name, x in sorted(tensors.items()) for part in (f"{name} {x.dtype} {x.shape}", x.tobytes())]
+        made[str(path.relative_to(out))] = digest(*parts)
+        if path.parent.name != "model":
+            made[f"{path.relative_to(out)}, identity"] = peek(path)["identity"]
+    for path in sorted(out.rglob("model/*.json")):
+        if path.name == "cropi.json":
+            made[f"{path.relative_to(out)}, identity"] = peek(path.parent)["identity"]
+        else:
+            made[str(path.relative_to(out))] = digest(path.read_bytes())
+    return made
 
 
-def newest(out: Path) -> str:
-    """What was written last: the kind of file, without its number and process."""
-    files = [path for path in out.rglob("*") if path.is_file() and path.name != ".lock"]
-    if not files:
-        return "nothing yet"
-    name = str(max(files, key=lambda path: path.stat().st_mtime_ns).relative_to(out))
-    return re.sub(r"stage-\d+", "stage", re.sub(r"\.\d+(?=$|/)|\d{6}", "", name))
+def parts(out: Path) -> dict[tuple, Path]:
+    """The `.NAME.part` that are there, told apart from those that another try has left in the same place."""
+    return {(path, path.stat().st_ino, path.stat().st_ctime_ns): path for path in out.rglob(".*.part")}
 
 
-def survive(kills: int, seed: int) -> collections.Counter:
-    """Counts of what was being written at each kill.
+def hit(out: Path, before: dict[tuple, Path]) -> tuple[str, set[str]]:
+    """What was being made when the kill came, without its numbers, and which of the kinds that are counted it is.
+    `before`: the temporary folders that were there already when the process started."""
+    new, kinds = [path for key, path in parts(out).items() if key not in before], set()
+    if any(any(path.iterdir()) for path in new):
+        kinds.add(TEMPORARY)
+    stages = [path for path in out.glob("stage-*") if (path / "selection.csv").exists()]
+    if any(not (path / "model").exists() for path in stages):
+        kinds.add(TRAINING)
+    files = [path for path in out.rglob("[!.]*") if path.is_file() and ".part" not in str(path.relative_to(out))]
+    if new:
+        path = max(new, key=lambda path: path.stat().st_mtime_ns)
+        phase, name = "making", path.relative_to(out).with_name(path.name[1 : -len(".part")])
+    elif files:
+        path = max(files, key=lambda path: path.stat().st_mtime_ns)
+        phase, name = "after", path.relative_to(out)
+        name = name.parent if name.parent.name == "model" else name
+    else:
+        return "before the first file", kinds
+    name = re.sub(r"stage-\d+", "stage", re.sub(r"\d{5}(?=\.)", "#", str(name)))
+    return f"{phase} {name}", kinds
+
+
+def check(out: Path, expected: dict[str, str]) -> None:
+    """A run that has ended.
+
+    Raises:
+        AssertionError: it is not as an undisturbed one.
+    """
+    found = result(out)
+    assert found == expected, [name for name in expected | found if found.get(name) != expected.get(name)]
+    left = [path for path in out.rglob(".*") if path.name not in (".lock", ".writer")]
+    assert not left, left
+    for path in out.rglob("[!.]*"):
+        mode = (0o777 if path.is_dir() else 0o666) & ~UMASK
+        assert stat.S_IMODE(path.stat().st_mode) == mode, (path, oct(path.stat().st_mode))
+
+
+def survive(kills: int, seed: int) -> tuple[Counter, Counter]:
+    """Counts of what was being made at each kill, and of the kinds of kills.
 
     Raises:
         AssertionError: a run that was killed ended with something else, or not at all.
     """
-    context, rng, met = multiprocessing.get_context("fork"), random.Random(seed), collections.Counter()
+    context, rng, met, kinds = multiprocessing.get_context("fork"), random.Random(seed), Counter(), Counter()
+
+    def start(out: Path, pictures: bool = True) -> multiprocessing.Process:
+        process = context.Process(target=run, args=(world, out, pictures))
+        process.start()
+        return process
+
+    def complete(out: Path, pictures: bool = True) -> float:
+        clock, process = time.monotonic(), start(out, pictures)
+        process.join()
+        assert process.exitcode == 0, f"{out.name} ended with {process.exitcode} after {met.total()} kills"
+        return time.monotonic() - clock
+
     with tempfile.TemporaryDirectory() as folder:
         world = Path(folder)
         make_world(world)
-        clock = time.monotonic()
-        undisturbed = context.Process(target=run, args=(world, world / "whole"))
-        undisturbed.start()
-        undisturbed.join()
-        assert undisturbed.exitcode == 0
-        longest, expected = time.monotonic() - clock, result(world / "whole")
-        assert len(expected) > 15
+        complete(world / "warm")  # files of the library `datasets`, for one, are there afterwards
+        expected = result(world / "warm")
+        assert len(expected) > 50
         number = 0
         while met.total() < kills:
-            out, ended, number = world / f"run-{number}", False, number + 1
-            while not ended:
-                process = context.Process(target=run, args=(world, out))
-                process.start()
-                process.join(rng.uniform(0.1, 1.0) * longest / 2 if met.total() < kills else None)
-                if ended := process.exitcode is not None:
-                    assert process.exitcode == 0, f"ended with {process.exitcode} after {met.total()} kills"
-                else:
+            working, idle = complete(world / f"whole-{number}"), complete(world / f"whole-{number}", pictures=False)
+            check(world / f"whole-{number}", expected)
+            out, at = world / f"run-{number}", 0.0
+            number += 1
+            for moment in sorted(rng.uniform(0, working) for _ in range(min(PER_RUN, kills - met.total()))):
+                before = parts(out)
+                process = start(out)
+                process.join(moment - at + (idle if at else 0.0))
+                at = moment
+                if process.exitcode is None:
                     process.kill()
                     process.join()
-                    met[newest(out)] += 1
-            found = result(out)
-            assert found == expected, [name for name in expected if found.get(name) != expected[name]]
-            print(f"run {number}: the same as undisturbed; {met.total()} kills survived", flush=True)
-    return met
+                    artefact, of_kinds = hit(out, before)
+                    met[artefact] += 1
+                    kinds.update(of_kinds)
+                else:
+                    assert process.exitcode == 0, f"ended with {process.exitcode} after {met.total()} kills"
+                    met[LATE] += 1
+            complete(out)
+            check(out, expected)
+            said = f"run {number}: the same as undisturbed ({working:.1f} s, with nothing to do {idle:.1f} s)"
+            print(f"{said}; {met.total()} moments so far", flush=True)
+    return met, kinds
 
 
 if __name__ == "__main__":
@@ -118,7 +192,9 @@ if __name__ == "__main__":
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
-    met = survive(arguments.kills, arguments.seed)
+    met, kinds = survive(arguments.kills, arguments.seed)
     for name, count in met.most_common():
         print(f"{count:4d}  {name}")
-    print(f"{met.total()} kills survived")
+    found = met.total() - met[LATE]
+    print(f"{met.total()} moments: {found} found the process alive", end="")
+    print("".join(f", {kinds[kind]} {kind}" for kind in (TRAINING, TEMPORARY)) + "; all runs ended the same")

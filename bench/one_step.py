@@ -34,6 +34,7 @@ sys.path.insert(0, str(ROOT))
 import cropi  # noqa: E402
 import project  # noqa: E402
 import rollout  # noqa: E402
+from cropi import select  # noqa: E402
 from train import Batch, collate, completion_logps  # noqa: E402
 
 ETA = 2e-4  # for the change to be near linear in it: `first_order` in the JSON is 1.00 and, after two stages, 0.94;
@@ -43,7 +44,7 @@ STAGES = (0, 2)
 VALID = cropi.set_names(cropi.TOY_VALID, "valid-")
 
 
-def right_completions(model, tokenizer, path: Path) -> Batch:
+def right_completions(model, tokenizer, path: str) -> Batch:
     """Each prompt of a validation set with its one right completion."""
     rows = rollout.load_prompts(path)
     prompts = tokenizer([row["prompt"] for row in rows], add_special_tokens=False).input_ids
@@ -68,9 +69,14 @@ def expected_reward(model, answers: Batch) -> float:
     return objective(model, answers).item()
 
 
-def gradient(model, trajectories: rollout.Trajectories, prompt: int, rows: np.ndarray) -> list[torch.Tensor]:
-    """Equation 2 by plain autograd, for all parameters."""
-    batch = collate(trajectories, [(prompt, rows)], model.device)
+def load_folder(folder: Path) -> list[rollout.Trajectories]:
+    """The trajectories of a set, shard by shard."""
+    return [rollout.load_trajectories(path)[0] for path in rollout.shard_paths(folder, "trajectories")]
+
+
+def gradient(model, trajectories: rollout.Trajectories, n: int) -> list[torch.Tensor]:
+    """Equation 2 by plain autograd, for all parameters, from the trajectories of prompt n."""
+    batch = collate(trajectories, [(n, range(trajectories.samples))], model.device)
     _, logps = completion_logps(model, batch, 1.0)
     return torch.autograd.grad(project.off_policy_objective(logps, batch, "token").sum(), list(model.parameters()))
 
@@ -105,42 +111,38 @@ def correlation(x: np.ndarray, y: np.ndarray, draws: int = 2000) -> dict[str, li
 
 
 def study(run: Path, stage: int, count: int) -> dict:
-    """Predictions (count, V) and changes (count, V) at the policy that stage number `stage` begins with."""
-    path = run / f"stage-{stage - 1:02d}" / "model" if stage else rollout.TOY / "model"
+    """Predictions (count, V) and changes (count, V) at the policy after so many stages."""
+    path = run / f"stage-{stage:02d}" / "model" if stage else rollout.TOY / "model"
     model, tokenizer = rollout.load_model(path)
-    folder = run / f"stage-{stage:02d}"
-    train, _ = rollout.open_tensors(folder / "gradients-train.safetensors", "gradients")
+    folder = run / f"stage-{stage + 1:02d}"
+    train = select.load_set(folder / "gradients-train", "gradients")
     picked = np.sort(np.random.default_rng(0).permutation(len(train["prompt_index"]))[:count])
-    directions = np.stack(
-        [
-            cropi.select.mean_sketch(
-                rollout.open_tensors(folder / f"gradients-valid-{name}.safetensors", "gradients")[0]["sketch"]
-            )
-            for name in VALID
-        ]
-    )
+    valid = [select.load_set(folder / f"gradients-valid-{name}", "gradients")["sketch"] for name in VALID]
+    directions = np.stack([sketch.mean(0, dtype=np.float64) for sketch in valid])  # (V, k)
     sketch, prompts = train["sketch"][picked], train["prompt_index"][picked].tolist()
     rate = np.array(train["pass_rate"][picked], np.float64)
     predicted = {
         "inner product": sketch.astype(np.float64) @ directions.T,  # (count, k) x (k, V)
-        "cosine": cropi.select.cosines(sketch, directions),
+        "cosine": select.cosines(sketch, directions),
         "p(1-p)": np.repeat((rate * (1 - rate))[:, None], len(VALID), 1),
     }
     rows = rollout.load_prompts(rollout.TOY / "train.jsonl")
-    fresh = rollout.sample_trajectories(
-        rollout.TransformersEngine(model, tokenizer), tokenizer, [rows[i] for i in prompts], prompts, "exact",
-        samples=FRESH, max_tokens=8, temperature=1.0, seed=[12345, stage],
-    )  # fmt: skip
-    stored = rollout.open_trajectories(run / "rollouts" / "train.safetensors")
+    engine, picked_rows = rollout.TransformersEngine(model, tokenizer), [rows[i] for i in prompts]
+    sampling = {"samples": FRESH, "max_tokens": 8, "temperature": 1.0, "seed": [12345, stage]}
+    fresh = rollout.sample_trajectories(engine, tokenizer, picked_rows, prompts, "exact", **sampling)
+    stored = load_folder(run / "rollouts" / "train")
     answers = {name: right_completions(model, tokenizer, path) for name, path in VALID.items()}
     before = {name: expected_reward(model, batch) for name, batch in answers.items()}
     measured: dict[str, list] = {"fresh": [], "stored": [], "fresh, half the step": []}
     first_order: dict[str, list] = {"fresh": [], "stored": []}
-    groups = {"fresh": fresh.groups(), "stored": stored.groups()}
+    groups = {
+        name: {int(i): (t, n) for t in tables for n, i in enumerate(t.prompt_index)}
+        for name, tables in (("fresh", [fresh]), ("stored", stored))
+    }
     slopes = [torch.autograd.grad(objective(model, batch), list(model.parameters())) for batch in answers.values()]
     for i in tqdm(prompts, desc=f"after {stage} stages", unit="prompt"):
-        for name, trajectories in (("fresh", fresh), ("stored", stored)):
-            g = gradient(model, trajectories, i, groups[name][i])
+        for name in groups:
+            g = gradient(model, *groups[name][i])
             measured[name].append(changes(model, g, ETA, answers, before))
             first_order[name].append([sum((a * b).sum().item() for a, b in zip(g, s, strict=True)) for s in slopes])
             if name == "fresh":
@@ -149,7 +151,7 @@ def study(run: Path, stage: int, count: int) -> dict:
         "predicted": {step: predicted | {"exact": np.array(values)} for step, values in first_order.items()},
         "measured": {name: np.array(values) for name, values in measured.items()},
         "before": before,
-        "dead_when_fresh": len(prompts) - len(fresh.live_groups()),
+        "dead_when_fresh": len(prompts) - len(fresh.live()),
     }
 
 
@@ -195,7 +197,7 @@ if __name__ == "__main__":
     arguments = parser.parse_args()
     run = arguments.runs / "influence-20-steps-0"
     command = [sys.executable, str(ROOT / "cropi.py"), "run", "--set", "train.steps=20", "--out", str(run)]
-    subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)  # a whole run is left as it is
+    subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)  # what is there is not made again
     studies = {stage: study(run, stage, arguments.prompts) for stage in STAGES}
     table, checks = [], {}
     for stage, found in studies.items():
@@ -214,7 +216,7 @@ if __name__ == "__main__":
         }
         if stage == 0:
             checks[stage]["sampled_expected_reward"] = {
-                name: float(rollout.open_trajectories(run / f"rollouts/valid-{name}.safetensors").rewards.mean())
+                name: float(select.load_set(run / f"rollouts/valid-{name}", "trajectories")["rewards"].mean())
                 for name in VALID
             }
     result = {"eta": ETA, "fresh": FRESH, "prompts": arguments.prompts, "checks": checks, "correlations": table}

@@ -17,8 +17,11 @@ Memory is that of the largest batch, of `batch_tokens` tokens, or of one traject
   one layer's share, and 4 bytes times the width for each of the others.
 - log-probs over the vocabulary, 12 bytes in scoring and 20 in training for each token and entry,
 - training: float32 weights, gradients, AdamW's two moments and the initial policy (20 bytes a weight),
-- scoring: weights, one sign a coordinate, the gradient of the largest tensor,
+- scoring: weights, one sign a coordinate, the gradient of the largest tensor, the sketches of a shard, twice,
 - vLLM, while it samples: its share of the device (`gpu_memory`) beside what the scripts hold.
+
+Disk is that at the fullest moment: the models of all stages, 4 bytes a weight; the optimizer states of the last
+`--keep-states` stages and of the one that has just been trained, 8; a checkpoint and the one that replaces it, 12 each.
 """
 
 import sys
@@ -34,12 +37,14 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import cropi  # noqa: E402
-from rollout import BadInput, above_zero, command_line, load_prompts, new_app, require  # noqa: E402
+import rollout  # noqa: E402
+from cropi import select  # noqa: E402
+from rollout import BadInput, above_zero, command_line, load_prompts, require  # noqa: E402
 
 
 def defaults(script: str) -> dict:
     """The default of every option of a script."""
-    return {p.name: p.default for p in typer.main.get_command(cropi.STAGES[script].app).params}
+    return {p.name: p.default for p in typer.main.get_command(cropi.USES[script].app).params}
 
 
 class Costs:
@@ -75,7 +80,7 @@ def human(value: float, unit: str = "") -> str:
     raise AssertionError
 
 
-app = new_app()
+app = typer.Typer(**rollout.PLAIN)
 
 
 @app.command(help=__doc__.splitlines()[0])
@@ -116,7 +121,10 @@ def plan(
     pool = count("train", run["pool"])
     sets = {kind: cropi.set_names(run[kind], f"{kind}-").items() for kind in ("valid", "test")}
     valid, test = (sum(count(f"{kind}-{name}", source) for name, source in sets[kind]) for kind in ("valid", "test"))
-    valid = valid if run["selector"] == "influence" else 0
+    asked = select.asks_for(run["selector"])  # what it does not ask for is not made
+    scored_too = bool(asked & (select.OF_GRADIENTS | select.OF_VALIDATION))
+    offline = pool if scored_too or asked & select.OF_TRAJECTORIES else 0
+    valid = valid if asked & select.OF_VALIDATION else 0
     require(config is None or config.exists(), f"{config}: no such file")
     unknown = set(given) - {"train", *(f"{kind}-{name}" for kind in sets for name, _ in sets[kind])}
     require(not unknown, f"--prompts {', '.join(sorted(unknown))}: no such set in this run")
@@ -144,19 +152,21 @@ def plan(
         vllm = roll["batch_tokens"] * (4 * costs.layers * costs.width + costs.vocabulary)
 
     def add_rollouts(what: str, groups: int, samples: int) -> None:
-        add(what, groups, samples, 1, rollout_tflops, weights + vllm, groups * samples * 4 * (p + 2 * c))
+        # bytes: prompt_index and prompt_length, ids; of each sample length, reward, truncated; ids and log-probs
+        stored = groups * (8 + 4 * p + samples * (9 + 8 * c))
+        add(what, groups, samples, 1, rollout_tflops, weights + vllm, stored)
 
     refreshes = 1 + ((stages - 1) // run["refresh_every"] if run["refresh_every"] else 0)
-    offline = pool if run["selector"] not in ("full", "random") else 0
     add_rollouts("offline rollouts, pool", refreshes * offline, roll["samples"])
     add_rollouts("offline rollouts, validation", refreshes * valid, check["samples"])
-    if run["selector"] == "influence":
+    if scored_too:
         passes = 1 if run["static"] else stages
         for what, groups, samples in (("pool", pool, roll["samples"]), ("validation", valid, check["samples"])):
             scored, tokens = passes * live * groups, max(score["batch_tokens"], p + roll["max_tokens"])
-            memory = weights + costs.weights + 6 * costs.largest
+            memory = weights + costs.weights + 6 * costs.largest + 8 * score["k"] * min(roll["shard"], groups)
             memory += tokens * (costs.activations + 12 * costs.vocabulary)
-            add(f"scoring, {what}", scored, samples, 3, tflops, memory, scored * 4 * score["k"])
+            halved = passes * live * min(score["halves"], groups) if what == "pool" and samples % 2 == 0 else 0
+            add(f"scoring, {what}", scored, samples, 3, tflops, memory, (scored + halved) * 4 * score["k"])
     chosen = pool if run["selector"] == "full" else max(1, round(run["frac"] * pool))
     drawn = stages * step["steps"] * min(step["batch_prompts"], chosen)
     held = (20 if step["kl"] else 16) * costs.weights
@@ -168,7 +178,8 @@ def plan(
         groups, samples = groups * samples, 1
     passes = passes * step["iterations"] + (step["iterations"] if step["kl"] else 0)
     memory = held + max(step["batch_tokens"], p + step["max_tokens"]) * (activations + 20 * costs.vocabulary)
-    add("training, updates", groups, samples, passes, tflops, memory, stages * 12 * costs.weights)
+    kept = 4 * stages + 8 * min(stages, run["keep_states"] + 1) + 24  # bytes a weight
+    add("training, updates", groups, samples, passes, tflops, memory, kept * costs.weights)
     rows[-1]["prompts"] = live * drawn
     add_rollouts("evaluation", (stages + 1) * test, settings["test"]["samples"])
     total = {key: sum(row[key] for row in rows) for key in ("prompts", "tokens", "flops", "hours", "disk")}

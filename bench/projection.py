@@ -19,7 +19,7 @@ precision  Cosines with the mean validation gradient, from sketches, against tho
 
 speed      Milliseconds per live prompt of scoring batches with each, in alternating rounds with two plain forward +
            backward passes of the same trajectories: "repeated", every sequence with its prompt, as trainers usually lay
-    first            the first coordinates, not random ones, token embedding first: what the released code keeps
+           them out, and "shared", train.py's own, which computes a prompt once for its K completions. "Gaussian" is
            timed for one block of coordinates, its matrix drawn anew for 32 prompts, and multiplied; added to the shared
            pass, which makes no gradients per prompt yet.
 scale      project.py and select.py on synthetic trajectories, up to 50,000 prompts: seconds, peak memory.
@@ -42,7 +42,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from matplotlib.figure import Figure
-from one_step import ranks
+from one_step import load_folder, ranks
 from speed import best_plain, timed
 from tqdm import tqdm
 
@@ -51,6 +51,7 @@ sys.path.insert(0, str(ROOT))
 
 import project  # noqa: E402
 import rollout  # noqa: E402
+from cropi import select  # noqa: E402
 from train import collate, completion_logps, micro_batches  # noqa: E402
 
 KS = (256, 1024, 4096, 32768)
@@ -68,24 +69,24 @@ class Exact:
     """Full gradients of the live training prompts, then the mean one of each validation set: `columns` (d, N + V)."""
 
     def __init__(self, run: Path, every: int):
-        model, _ = rollout.load_model(run / "stage-01" / "model")
+        model, _ = rollout.load_model(run / "stage-02" / "model")
         self.sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
         self.shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-        rows = [*self.gradients(model, run / "rollouts" / "train.safetensors", every)]
+        rows = [*self.gradients(model, run / "rollouts" / "train", every)]
         self.prompts = len(rows)
         for name in ("rev", "srt"):
-            found = [*self.gradients(model, run / "rollouts" / f"valid-{name}.safetensors", 1)]
-            rows.append(torch.stack(found).mean(0))
+            of_set = [*self.gradients(model, run / "rollouts" / f"valid-{name}", 1)]
+            rows.append(torch.stack(of_set).mean(0))
         self.columns = torch.stack(rows, 1)
         ends = np.cumsum(list(self.sizes.values()))
         self.place = {name: slice(int(end) - size, int(end)) for (name, size), end in zip(self.sizes.items(), ends)}  # noqa: B905
         self.cosines = self.cosine(self.columns)
 
     @staticmethod
-    def gradients(model, path: Path, every: int):
-        stored = rollout.open_trajectories(path)
-        for group in tqdm(list(stored.live_groups().items())[::every], desc=f"exact {path.stem}", unit="prompt"):
-            batch = collate(stored, [group], model.device)
+    def gradients(model, folder: Path, every: int):
+        live = [(stored, int(n)) for stored in load_folder(folder) for n in stored.live()]
+        for stored, n in tqdm(live[::every], desc=f"exact {folder.name}", unit="prompt"):
+            batch = collate(stored, [(n, range(stored.samples))], model.device)
             _, logps = completion_logps(model, batch, 1.0)
             value = project.off_policy_objective(logps, batch, "token").sum()
             yield torch.cat([g.flatten() for g in torch.autograd.grad(value, list(model.parameters()))])
@@ -234,16 +235,16 @@ def dense_block(k: int, coordinates: int, prompts: int) -> float:
 
 
 def speed(run: Path, rounds: int) -> dict:
-    model_path, trajectories = run / "stage-01" / "model", run / "rollouts" / "train.safetensors"
-    live = rollout.open_trajectories(trajectories).live_groups()
+    model_path, trajectories = run / "stage-02" / "model", run / "rollouts" / "train"
+    live = sum(len(stored.live()) for stored in load_folder(trajectories))
 
     def policy():
         return rollout.load_model(model_path)[0]
 
     def score(sketcher) -> None:
-        stored = rollout.open_trajectories(trajectories)
-        for groups in micro_batches(stored, stored.live_groups(), 4096):
-            sketcher.sketch(collate(stored, groups, CPU), 1.0)
+        for stored in load_folder(trajectories):
+            for pieces in micro_batches(stored, stored.live(), 4096):
+                sketcher.sketch(collate(stored, pieces, CPU), 1.0)
 
     plain_model = policy()
     ways = {(f"plain, {way}",): best_plain(plain_model, trajectories, way) for way in ("repeated", "shared")}
@@ -261,7 +262,7 @@ def speed(run: Path, rounds: int) -> dict:
     rows = []
     for way, values in seconds.items():
         row = dict(zip(("method", "k", "r"), way, strict=False))
-        row["ms_per_prompt"] = 1e3 * statistics.median(values) / len(live)
+        row["ms_per_prompt"] = 1e3 * statistics.median(values) / live
         for layout in ("repeated", "shared"):
             pairs = zip(values, seconds[(f"plain, {layout}",)], strict=True)
             row[f"over_{layout}"] = statistics.median(a / b for a, b in pairs)
@@ -272,7 +273,7 @@ def speed(run: Path, rounds: int) -> dict:
         for r in TIMED:
             added = dense_block(k, max(1, round(r * d)), 32)
             rows.append({"method": "Gaussian", "k": k, "r": r, "ms_per_prompt": base + added})
-    return {"rounds": rounds, "live_prompts": len(live), "rows": rows}
+    return {"rounds": rounds, "live_prompts": live, "rows": rows}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -294,10 +295,10 @@ def watch():  # memory of its own, not the pages of files that are mapped
 thread = threading.Thread(target=watch)
 thread.start()
 clock = time.perf_counter()
-project.project(trajectories=files / "t.safetensors", out=files / "g.safetensors")
+project.project(trajectories=files / "t", out=files / "g")
 projected, own = time.perf_counter(), peak
-cropi.select.select(out=files / "s.safetensors", data=files / "d.jsonl", trajectories=files / "t.safetensors",
-                    gradients=files / "g.safetensors", valid_gradients=[files / "g.safetensors"])
+cropi.select.select(out=files / "s.safetensors", data=str(files / "d.jsonl"), trajectories=files / "t",
+                    gradients=files / "g", valid_gradients=[files / "g"])
 selected = time.perf_counter()
 done = True
 thread.join()
@@ -306,41 +307,35 @@ print(projected - clock, selected - projected, own, peak)
 
 
 def scale(run: Path, counts: tuple[int, ...]) -> list[dict]:
-    stored = rollout.open_trajectories(run / "rollouts" / "train.safetensors")
-    live = np.concatenate(list(stored.live_groups().values()))  # rows, the K of a prompt side by side
-    samples = stored.metadata["options"]["samples"]
-    data = rollout.load_prompts(rollout.TOY / "train.jsonl")
+    folder = run / "rollouts" / "train"
+    recipe = rollout.peek(rollout.shard_paths(folder, "trajectories")[0])["recipe"]
+    data, parts = rollout.load_prompts(rollout.TOY / "train.jsonl"), load_folder(folder)
+    live = rollout.Trajectories(**select.join([part.take(part.live()).tensors() for part in parts]))
     rows = []
     for count in counts:
         with tempfile.TemporaryDirectory() as name:
             files = Path(name)
-            picked = np.resize(live, count * samples)
-            spans = [(stored.offsets[m], stored.offsets[m + 1]) for m in picked]
-            logps = [(stored.logp_offsets[m], stored.logp_offsets[m + 1]) for m in picked]
-            lines = [json.dumps(data[stored.prompt_index[m]]) for m in picked[::samples]]
+            places = np.resize(np.arange(len(live.prompt_index)), count)  # the live prompts, again and again
+            lines = [json.dumps(data[i]) for i in live.prompt_index[places]]
             (files / "d.jsonl").write_text("\n".join(lines) + "\n")
-            tensors = {
-                "tokens": np.concatenate([stored.tokens[a:b] for a, b in spans]),
-                "offsets": np.cumsum([0, *(b - a for a, b in spans)]).astype(np.int64),
-                "behavior_logps": np.concatenate([stored.behavior_logps[a:b] for a, b in logps]),
-                "prompt_index": np.repeat(np.arange(count, dtype=np.int32), samples),
-            }
-            tensors |= {
-                name: np.array(getattr(stored, name)[picked]) for name in rollout.TENSORS if name not in tensors
-            }
-            metadata = stored.metadata | {"prompts": count, "data": rollout.digest(files / "d.jsonl")}
-            rollout.save_tensors(files / "t.safetensors", "trajectories", tensors, metadata)
+            made = recipe | {"inputs": recipe["inputs"] | {"data": rollout.load_prompts(files / "d.jsonl").digest}}
+            for path, part, shard in rollout.missing_shards(files / "t", made, count, 512):
+                laps = np.split(places[part], np.flatnonzero(np.diff(places[part]) < 0) + 1)
+                table = rollout.Trajectories(**select.join([live.take(lap).tensors() for lap in laps]))
+                table.prompt_index = np.array(part, np.int32)
+                facts = rollout.facts(0.0, trajectories=table.rewards.size, live=len(part))
+                rollout.save(path, table.tensors(), shard, facts)
             command = [sys.executable, "-c", CHILD, str(ROOT), str(files)]
             environment = os.environ | {"PYTHONPATH": str(ROOT)}
-            done = subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True, text=True)
-            project_s, select_s, project_kb, select_kb = map(float, done.stdout.split()[-4:])
+            ended = subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True, text=True)
+            project_s, select_s, project_kb, select_kb = map(float, ended.stdout.split()[-4:])
             row = {
                 "prompts": count,
                 "project_ms_per_prompt": 1e3 * project_s / count,
                 "select_ms_per_prompt": 1e3 * select_s / count,
                 "project_peak_MB": project_kb / 1024,
                 "peak_MB": select_kb / 1024,
-                "gradient_file_MB": (files / "g.safetensors").stat().st_size / 1e6,
+                "gradient_file_MB": sum(path.stat().st_size for path in (files / "g").iterdir()) / 1e6,
             }
         print({name: round(value, 3) for name, value in row.items()}, flush=True)
         rows.append(row)
@@ -414,7 +409,7 @@ if __name__ == "__main__":
     arguments = parser.parse_args()
     run = arguments.runs / "influence-20-steps-0"
     command = [sys.executable, str(ROOT / "cropi.py"), "run", "--set", "train.steps=20", "--out", str(run)]
-    subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)  # a whole run is left as it is
+    subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)  # what is there is not made again
     file = ROOT / "docs" / "projection.json"
     result = json.loads(file.read_text()) if file.exists() else {}
     parts = {

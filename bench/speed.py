@@ -10,6 +10,7 @@ loss, `.backward()`. "shared" is `train.py`'s own pass, which computes a prompt 
 """
 
 import argparse
+import itertools
 import json
 import os
 import platform
@@ -44,12 +45,14 @@ def repeated_logps(model, batch: Batch, temperature: float) -> torch.Tensor:
 
 def plain(model, trajectories: Path, layout: str, batch_tokens: int) -> None:
     """Forward + backward of all live trajectories, parameter gradients summed over everything."""
-    stored = rollout.open_trajectories(trajectories)
     model.zero_grad()
-    for groups in micro_batches(stored, stored.live_groups(), batch_tokens):
-        batch = collate(stored, groups, model.device)
-        logps = repeated_logps(model, batch, 1.0) if layout == "repeated" else completion_logps(model, batch, 1.0)[1]
-        project.off_policy_objective(logps, batch, "token").sum().backward()
+    for path in rollout.shard_paths(trajectories, "trajectories"):
+        stored, _ = rollout.load_trajectories(path)
+        for pieces in micro_batches(stored, stored.live(), batch_tokens):
+            batch = collate(stored, pieces, model.device)
+            repeated = layout == "repeated"
+            logps = repeated_logps(model, batch, 1.0) if repeated else completion_logps(model, batch, 1.0)[1]
+            project.off_policy_objective(logps, batch, "token").sum().backward()
 
 
 def best_plain(model, trajectories: Path, layout: str) -> partial:
@@ -68,13 +71,16 @@ def timed(work, *args, **options) -> float:
 
 def scoring(rounds: int) -> dict:
     with tempfile.TemporaryDirectory() as folder:
-        trajectories, out = Path(folder) / "train.safetensors", Path(folder) / "gradients-train.safetensors"
+        trajectories, numbers = Path(folder) / "train", itertools.count()
         rollout.rollout(out=trajectories)
-        live = len(rollout.open_trajectories(trajectories).live_groups())
+        shards = rollout.shard_paths(trajectories, "trajectories")
+        live = sum(rollout.peek(path)["facts"]["live"] for path in shards)
         model, _ = rollout.load_model(rollout.TOY / "model")
-        ways = {
-            "score": lambda: project.project(trajectories=trajectories, out=out),
-        }
+
+        def score() -> None:  # into a new folder each time: what is there is not made again
+            project.project(trajectories=trajectories, out=Path(folder) / f"gradients-{next(numbers)}")
+
+        ways = {"score": score}
         for layout in ("repeated", "shared"):
             ways[f"plain, {layout}"] = best_plain(model, trajectories, layout)
         seconds: dict[str, list[float]] = {name: [] for name in ways}
@@ -107,10 +113,10 @@ def sampling(rounds: int, prompts: int = 64, samples: int = 8, max_tokens: int =
     options |= {"max_new_tokens": max_tokens, "pad_token_id": tokenizer.pad_token_id}
 
     def ours() -> int:
-        found = engine.generate(
+        groups = engine.generate(
             encoded, range(prompts), samples=samples, max_tokens=max_tokens, temperature=1.0, seed=[0]
         )
-        return sum(len(c.tokens) for group in found for c in group)
+        return sum(len(c.tokens) for group in groups for c in group)
 
     @torch.inference_mode()
     def theirs() -> int:
@@ -133,7 +139,7 @@ def sampling(rounds: int, prompts: int = 64, samples: int = 8, max_tokens: int =
 
 
 GUARDED = """
-import hashlib, json, os, sys, time
+import json, os, sys, time
 
 spent = {"flushing to disk": 0.0, "digests": 0.0}
 
@@ -146,35 +152,36 @@ def clocked(name, function):
             spent[name] += time.perf_counter() - start
     return called
 
-os.fsync = clocked("flushing to disk", os.fsync)
-hashlib.file_digest = clocked("digests", hashlib.file_digest)
 sys.path.insert(0, os.getcwd())
-import pathlib, cropi
+import pathlib, cropi, rollout
+os.fsync = clocked("flushing to disk", os.fsync)
+rollout.digest = clocked("digests", rollout.digest)
+start = time.perf_counter()
 cropi.run(out=pathlib.Path(sys.argv[1]))
-print(json.dumps(spent))
+print(json.dumps({"inside": time.perf_counter() - start, "spent": spent}))
 """
 
 
 def whole_run() -> dict:
-    """The default run, and in it what its files' safety costs: flushing them to disk, and hashing what is read."""
+    """The default run, and in it what its files' safety costs: flushing them to disk, and hashing what is written and
+    what is read."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-c", GUARDED, folder + "/run"]
         clock = time.perf_counter()
-        done = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
+        ended = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
         seconds = time.perf_counter() - clock
-        guards = json.loads(done.stdout.splitlines()[-1])
+        child = json.loads(ended.stdout.splitlines()[-1])
         report = json.loads((Path(folder) / "run" / "report.json").read_text())
-    inside = report["seconds_this_process"]
-    stages = report["evaluations"][1:]
-    parts = {"start and imports": seconds - inside, "offline rollouts": report["evaluations"][0]["seconds_rollout"]}
-    for part in ("scoring", "training", "evaluation"):
-        parts[part] = sum(stage[f"seconds_{part}"] for stage in stages)
+    parts = {"start and imports": seconds - child["inside"]}
+    for key in ("rollout", "scoring", "training", "evaluation"):
+        part = "offline rollouts" if key == "rollout" else key
+        parts[part] = sum(stage.get(f"seconds_{key}", 0.0) for stage in report["evaluations"])
     print(f"default run: {seconds:.0f} s; start and imports {parts['start and imports'] / seconds:.0%} of it")
     for part, value in parts.items():
         print(f"  {part:18s} {value:6.1f} s")
-    for name, value in guards.items():
+    for name, value in child["spent"].items():
         print(f"  of that, {name} {value:.2f} s, {value / seconds:.1%}")
-    return {"seconds": seconds, "parts": parts, "safety": guards}
+    return {"seconds": seconds, "parts": parts, "safety": child["spent"]}
 
 
 if __name__ == "__main__":

@@ -1,26 +1,30 @@
 """What makes scoring pay for itself? Ways to make it cheaper, or better at no extra rollout, each as an arm of a study.
 
-    python bench/tries.py                 # about 25 minutes on two cores; goes on where it was stopped
+    python bench/tries.py                 # about 25 minutes on two cores; the same command resumes
     python bench/compare.py runs/tries
 
-Most are options of cropi.py (ARMS). Four change what is scored, and stand here as subclasses of cropi.Curriculum, which
-is also how to try an idea of your own: `offline_rollouts`, asked for before every stage, writes the trajectories that
-the stage is scored with.
+Most are options of cropi.py (ARMS). Four change what is scored (VARIANTS). They have a loop of their own, `curriculum`,
+which calls the same stage functions as cropi.py's and differs from it in one line: before every stage, the variant says
+which trajectories the stage is scored with. That is also how to try an idea of your own. A variant that makes
+trajectories writes them as rollout.py does, with a recipe of their own, so that they are resumed by the same rule.
 """
 
-import os
-import shutil
+import inspect
+import json
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
 from pathlib import Path
-from typing import Annotated, ClassVar
+from typing import Annotated
 
 import ablate  # before all that imports torch
 import numpy as np
 import typer
 
 import cropi
+import rollout
 import train
-from rollout import TENSORS, Trajectories, Unfinished, command_line, new_app, open_trajectories, require, save_tensors
+from rollout import Trajectories, require
 
 ARMS = {  # to be compared with 8 stages of 20 steps, or with their first 80 steps
     "full": "--set train.steps=20 --selector full",
@@ -31,137 +35,227 @@ ARMS = {  # to be compared with 8 stages of 20 steps, or with their first 80 ste
     "steps-40": "--set train.steps=40 --stages 4",
     "valid-8-steps-40": "--set train.steps=40 --stages 4 --set valid.samples=8",
 }
-Curriculum = cropi.Curriculum
-Groups = dict[int, tuple[Trajectories, range]]  # prompt_index -> where its trajectories are
+CODE = {"tries": rollout.code_digest(__file__)}
+Group = tuple[Trajectories, int]  # the K trajectories of prompt n of a table
 
 
-def groups_of(path: Path) -> Groups:
-    stored = open_trajectories(path)
-    return {i: (stored, rows) for i, rows in stored.groups().items()}
+# ---------------------------------------------------------------------------------------------------------------------
+# Trajectories made of others
 
 
-def save_groups(path: Path, groups: Groups, metadata: dict) -> None:
-    """One trajectory file from groups of many."""
-    parts = [groups[i] for i in sorted(groups)]
-
-    def rows(name: str) -> np.ndarray:
-        return np.concatenate([getattr(stored, name)[rows.start : rows.stop] for stored, rows in parts])
-
-    tensors = {name: rows(name) for name in ("prompt_length", "rewards", "prompt_index", "truncated")}
-    for name, offsets in (("tokens", "offsets"), ("behavior_logps", "logp_offsets")):
-        spans = [(stored, getattr(stored, offsets)[[r.start, r.stop]]) for stored, r in parts]
-        tensors[name] = np.concatenate([getattr(stored, name)[slice(*span)] for stored, span in spans])
-    lengths = [np.diff(stored.offsets[r.start : r.stop + 1]) for stored, r in parts]
-    tensors["offsets"] = np.concatenate([[0], *lengths]).cumsum().astype(np.int64)
-    save_tensors(path, "trajectories", {name: np.ascontiguousarray(tensors[name]) for name in TENSORS}, metadata)
+def join(groups: list[Group], empty: Trajectories) -> Trajectories:
+    """One table from groups of many, in their order; `empty` is a table to take no rows from."""
+    parts = [empty.take(np.array([], int)), *(stored.take(np.array([n])) for stored, n in groups)]
+    return Trajectories(**cropi.select.join([part.tensors() for part in parts]))
 
 
-class Thinned(Curriculum):
-    """Scores a part of the pool. What is left out keeps one trajectory a prompt, so that it is not live."""
-
-    def keep(self, stage: int, pool: Trajectories) -> set[int]:
-        raise NotImplementedError
-
-    def offline_rollouts(self, stage: int) -> dict:
-        first, folder = self.trajectories(0), self.trajectories(stage)
-        cost = {"seconds_rollout": 0.0, "trajectories_offline": 0} if stage else super().offline_rollouts(0)
-        clock = time.perf_counter()
-        folder.mkdir(parents=True, exist_ok=True)
-        if stage == 0:
-            os.replace(first / "train.safetensors", first / "all.safetensors")
-        for name in self.valid_files() if stage else ():
-            shutil.copy(first / f"{name}.safetensors", folder)
-        groups = groups_of(first / "all.safetensors")
-        pool = next(iter(groups.values()))[0]
-        keep = self.keep(stage, pool)
-        groups = {i: (pool, rows if i in keep else rows[:1]) for i, (_, rows) in groups.items()}
-        save_groups(folder / "train.safetensors", groups, pool.metadata)
-        return cost | {"seconds_rollout": cost["seconds_rollout"] + time.perf_counter() - clock}
+def save_shard(path: Path, made: Trajectories, recipe: dict, clock: float) -> None:
+    """They were sampled before, and paid for then: only the seconds since `clock` are new."""
+    about = {"trajectories": 0, "tokens": 0, "reward": 0.0, "truncated": 0.0, "live": len(made.live())}
+    rollout.save(path, made.tensors(), recipe, rollout.facts(time.perf_counter() - clock, **about))
 
 
-class Screened(Thinned):
+def rewrite(source: Path, out: Path, change: Callable[[Trajectories], Trajectories], variant: dict, **inputs) -> None:
+    """A folder of trajectories from another one, shard by shard. `variant` and `inputs` are what `change` depends on
+    beside them."""
+    for path in rollout.shard_paths(source, "trajectories"):
+        clock, made = time.perf_counter(), rollout.peek(path)
+        recipe = made["recipe"] | {"code": made["recipe"]["code"] | CODE}
+        recipe["inputs"] = recipe["inputs"] | {"trajectories": made["identity"], **inputs}
+        recipe["options"] = recipe["options"] | variant
+        if not rollout.is_made(out / path.name, recipe):
+            save_shard(out / path.name, change(rollout.load_trajectories(path)[0]), recipe, clock)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The variants: which trajectories is stage s scored with? Each returns folders by name, train and valid-*.
+
+
+def stored_folders(run: cropi.Run) -> dict[str, Path]:
+    """β's trajectories: what cropi.py scores every stage with."""
+    return {name: run.out / "rollouts" / name for name in run.stored()}
+
+
+def thinned(run: cropi.Run, s: int, keep: np.ndarray, variant: dict) -> dict[str, Path]:
+    """Those of a part of the pool: what is left out has no trajectory, so that it is not live."""
+    stored = stored_folders(run)
+    out = run.stage(s) / "rollouts" / "train"
+    rewrite(stored["train"], out, lambda t: t.take(np.flatnonzero(np.isin(t.prompt_index, keep))), variant)
+    return stored | {"train": out}
+
+
+def screened(run: cropi.Run, s: int, policy: Path, seed: int) -> dict[str, Path]:
     """The half of the live prompts whose pass rate is nearest to 1/2."""
+    off = {}  # live prompt -> how far its pass rate is from 1/2
+    for path in rollout.shard_paths(stored_folders(run)["train"], "trajectories"):
+        pool, _ = rollout.load_trajectories(path)
+        rates = np.abs(pool.rewards.mean(1) - 0.5)
+        off |= {int(pool.prompt_index[n]): rates[n] for n in pool.live()}
+    nearest = sorted(off, key=off.get)[: len(off) // 2]
+    return thinned(run, s, np.array(nearest), {"variant": "screened"})
 
-    def keep(self, stage: int, pool: Trajectories) -> set[int]:
-        rates, live = pool.pass_rates(), list(pool.live_groups())
-        return set(sorted(live, key=lambda i: abs(rates[i] - 0.5))[: len(live) // 2])
 
-
-class RandomHalf(Thinned):
+def random_half(run: cropi.Run, s: int, policy: Path, seed: int) -> dict[str, Path]:
     """A random half of the pool, another one every stage."""
-
-    def keep(self, stage: int, pool: Trajectories) -> set[int]:
-        prompts = pool.metadata["prompts"]
-        return set(np.random.default_rng(self.stage_seed(stage)).permutation(prompts)[: prompts // 2].tolist())
-
-
-class FreshValidation(Curriculum):
-    """Samples the validation sets anew before every stage, the pool never."""
-
-    def offline_rollouts(self, stage: int) -> dict:
-        if stage == 0:
-            return super().offline_rollouts(0)
-        clock, count = time.perf_counter(), 0
-        self.trajectories(stage).mkdir(parents=True, exist_ok=True)
-        shutil.copy(self.trajectories(0) / "train.safetensors", self.trajectories(stage))
-        for name, data in self.valid_files().items():
-            out, options = self.trajectories(stage) / f"{name}.safetensors", self.settings["valid"]
-            model, seed = self.policy(stage), self.stage_seed(stage)
-            count += len(cropi.call("rollout", model=model, data=data, out=out, seed=seed, **options).rewards)
-        return {"seconds_rollout": time.perf_counter() - clock, "trajectories_offline": count}
+    count = len(rollout.load_prompts(run.pool))
+    keep = np.random.default_rng(seed).permutation(count)[: count // 2]
+    return thinned(run, s, keep, {"variant": "random-half", "variant_seed": seed})
 
 
-class OwnTrajectories(Curriculum):
+def fresh_validation(run: cropi.Run, s: int, policy: Path, seed: int) -> dict[str, Path]:
+    """The validation sets sampled anew before every stage but the first, the pool never."""
+    folders = stored_folders(run)
+    for name, (use, source) in run.stored().items():
+        if s > 1 and name != "train":
+            folders[name] = run.stage(s) / "rollouts" / name
+            cropi.call("rollout", model=policy, data=source, out=folders[name], seed=seed, **run.settings[use])
+    return folders
+
+
+def own_trajectories(run: cropi.Run, s: int, policy: Path, seed: int) -> dict[str, Path]:
     """The last group that training sampled for a prompt takes the place of the stored one."""
+    stored = stored_folders(run)
+    if s == 1:
+        return stored
+    latest: dict[int, Group] = {}
+    identities = []
+    for before in range(1, s):
+        for path in rollout.shard_paths(run.stage(before) / "trained", "trajectories"):  # step after step
+            trained, record = rollout.load_trajectories(path)
+            latest |= {int(i): (trained, n) for n, i in enumerate(trained.prompt_index)}
+            identities.append(record["identity"])
+    samples = {trained.samples for trained, _ in latest.values()}
 
-    latest: ClassVar[Groups] = {}  # of the stage in training
+    def replaced(pool: Trajectories) -> Trajectories:
+        require(samples == {pool.samples}, "own-trajectories needs rollout.samples and train.samples to be the same")
+        return join([latest.get(int(i), (pool, n)) for n, i in enumerate(pool.prompt_index)], pool)
 
-    def train(self, stage: int) -> dict:
-        self.latest.clear()
-        kept = not Unfinished.folder_of(self.folder(stage) / "model").exists()
-        log = super().train(stage)
-        kept &= bool(self.latest) or (self.folder(stage) / "trained.safetensors").is_file()
-        require(kept, f"{self.out}: killed at a moment that this try cannot go on from; remove it")
-        metadata = open_trajectories(self.trajectories(0) / "train.safetensors").metadata
-        if self.latest:
-            save_groups(self.folder(stage) / "trained.safetensors", self.latest, metadata)
-        return log
-
-    def offline_rollouts(self, stage: int) -> dict:
-        if stage == 0:
-            return super().offline_rollouts(0)
-        clock, first, folder = time.perf_counter(), self.trajectories(0), self.trajectories(stage)
-        folder.mkdir(parents=True, exist_ok=True)
-        groups = groups_of(first / "train.safetensors")
-        metadata = next(iter(groups.values()))[0].metadata
-        for before in range(stage):
-            groups |= groups_of(self.folder(before) / "trained.safetensors")
-        save_groups(folder / "train.safetensors", groups, metadata)
-        for name in self.valid_files():
-            shutil.copy(first / f"{name}.safetensors", folder)
-        return {"seconds_rollout": time.perf_counter() - clock, "trajectories_offline": 0}
+    out = run.stage(s) / "rollouts" / "train"
+    rewrite(stored["train"], out, replaced, {"variant": "own-trajectories"}, trained=rollout.digest(*identities))
+    return stored | {"train": out}
 
 
-VARIANTS = {  # name of the arm -> class and stages
-    "screened": (Screened, 4),
-    "random-half": (RandomHalf, 4),
-    "fresh-validation": (FreshValidation, 8),
-    "own-trajectories": (OwnTrajectories, 8),
+VARIANTS = {  # name of the arm -> which trajectories, number of stages
+    "screened": (screened, 4),
+    "random-half": (random_half, 4),
+    "fresh-validation": (fresh_validation, 8),
+    "own-trajectories": (own_trajectories, 8),
 }
 
 
-def keep_latest(sample):
-    """train.py's sampling, which notes what it sampled."""
-
-    def sampled(*args, **options) -> Trajectories:
-        trajectories = sample(*args, **options)
-        OwnTrajectories.latest |= {i: (trajectories, rows) for i, rows in trajectories.groups().items()}
-        return trajectories
-
-    return sampled
+# ---------------------------------------------------------------------------------------------------------------------
+# Their loop
 
 
-app = new_app()
+def curriculum(run: cropi.Run, stages: int, variant: str) -> Iterator[int]:
+    """As in cropi.py, with `influence`. Yields 0 before the first stage and s after stage s."""
+    policy, optimizer, selection = run.model, None, None
+    cropi.sample(run, policy, run.out / "rollouts", run.seed)
+    cropi.evaluate(run, policy, run.out / "rollouts")
+    yield 0
+    for s in range(1, stages + 1):
+        stage, seed = run.stage(s), 1000 * run.seed + s - 1
+        stored = VARIANTS[variant][0](run, s, policy, seed)
+        gradients = {name: stage / f"gradients-{name}" for name in stored}
+        for name, out in gradients.items():
+            options = run.settings["project"] | ({} if name == "train" else {"halves": 0})
+            cropi.call("project", model=policy, trajectories=stored[name], out=out, seed=seed, **options)
+        previous, selection = selection, stage / "selection.safetensors"
+        cropi.call(
+            "select",
+            data=run.pool,
+            trajectories=stored["train"],
+            gradients=gradients.pop("train"),
+            valid_gradients=list(gradients.values()),
+            previous=previous,
+            out=selection,
+            **{"frac": run.frac, "stage": s, "seed": seed} | run.settings["select"],
+        )
+        start = {"model": policy, "initial_model": run.model, "optimizer": optimizer}
+        start |= {"data": run.pool, "selection": selection, "out": stage, "seed": seed}
+        own = variant == "own-trajectories"
+        with keep_trajectories(stage / "trained", run, policy, selection) if own else nullcontext():
+            cropi.call("train", **start, **run.settings["train"])
+        policy, optimizer = stage / "model", stage / "optimizer.safetensors"
+        cropi.evaluate(run, policy, stage)
+        if s > run.keep_states:
+            train.remove(run.stage(s - run.keep_states) / optimizer.name)
+        yield s
+
+
+@contextmanager
+def keep_trajectories(folder: Path, run: cropi.Run, policy: Path, selection: Path) -> Iterator[None]:
+    """While the block runs, what training samples is stored, a shard for every step, before the step is made: so a
+    stage that is resumed from its checkpoint has those of all its steps."""
+    sample = rollout.sample_trajectories
+    steps = inspect.signature(train.train).parameters["steps"].default
+    options = {"steps": steps} | run.settings["train"]
+    inputs = {"model": rollout.model_identity(policy), "data": rollout.load_prompts(run.pool).digest}
+    inputs["selection"] = rollout.peek(selection)["identity"]
+
+    def sampled(*given, **sampling) -> Trajectories:
+        clock, (seed, step) = time.perf_counter(), sampling["seed"]
+        made = sample(*given, **sampling)
+        used = {name: sampling[name] for name in ("samples", "max_tokens", "temperature")} | {"seed": seed}
+        recipe = rollout.make_recipe("trajectories", cropi.CODE | CODE, options | used, **inputs)
+        recipe["shard"] = {"number": step, "of": options["steps"]}
+        path = folder / f"{step:05d}.safetensors"
+        if not rollout.is_made(path, recipe):
+            save_shard(path, made, recipe, clock)
+        return made
+
+    rollout.sample_trajectories = sampled
+    try:
+        yield
+    finally:
+        rollout.sample_trajectories = sample
+
+
+def follow(
+    variant: str,
+    out: Path,
+    seed: int,
+    stages: int,
+    pool: str = cropi.TOY_POOL,
+    valid: list[str] = cropi.TOY_VALID,
+    test: list[str] = cropi.TOY_TEST,
+    assignments: tuple[str, ...] = ("train.steps=20",),
+) -> None:
+    """One run of a variant, with the files that cropi.py writes and compare.py reads."""
+    settings, prompts = cropi.parse_settings(list(assignments)), rollout.load_prompts(pool)
+    sets = {"valid": cropi.set_names(valid, "valid-"), "test": cropi.set_names(test, "test-")}
+    run = cropi.Run(
+        out=out,
+        model=rollout.TOY / "model",
+        pool=pool,
+        **sets,
+        selector="influence",
+        frac=0.1,
+        static=False,
+        refresh_every=0,
+        seed=seed,
+        keep_states=1,
+        settings=settings,
+    )
+    targeted = [name for name in run.test if name in run.valid]
+    rollout.check_out(out)
+    with cropi.locked(out):
+        recipe, begun = cropi.run_recipe(run, prompts, None), out / "run.safetensors"
+        recipe["code"] = recipe["code"] | CODE
+        recipe["options"] = recipe["options"] | {"variant": variant}
+        if not rollout.is_made(begun, recipe):
+            rollout.save(begun, {}, recipe, rollout.facts(0.0))
+        entries: list[dict] = []
+        for s in curriculum(run, stages, variant):
+            entries.append(cropi.report_stage(run, s, entries[-1]["steps"] if s else 0))
+            print(f"{f'stage {s} of {stages}' if s else 'before training'}: {cropi.accuracies(entries[-1])}")
+        report = {"selector": run.selector, "seed": seed, "targeted": targeted, "evaluations": entries}
+        with rollout.new_file(out / "report.json") as temporary:
+            temporary.write_text(json.dumps(report, indent=1) + "\n")
+        cropi.print_table(entries, targeted)
+
+
+app = typer.Typer(**rollout.PLAIN)
 
 
 @app.command(help=__doc__.splitlines()[0])
@@ -173,17 +267,16 @@ def tries(
     names = only or [*ARMS, *VARIANTS]
     strange = ", ".join(set(names) - {*ARMS, *VARIANTS})
     require(not strange, f"--only {strange}: no such arm; there are {', '.join([*ARMS, *VARIANTS])}")
-    train.sample_trajectories = keep_latest(train.sample_trajectories)
-    for runs in range(1, seeds + 1):  # all arms of a seed before the next; what is done is passed over
+    for seed in range(seeds):  # all arms of a seed before the next; what is there is not made again
         if arms := [f"{name}={options}" for name, options in ARMS.items() if name in names]:
-            cropi.Curriculum = Curriculum
-            ablate.ablate([], arms, seeds=runs, out=out)
+            ablate.ablate([], arms, seeds=seed + 1, out=out)
         for name in VARIANTS:
             if name in names:
-                cropi.Curriculum, stages = VARIANTS[name]
-                options = f"--refresh-every 1 --stages {stages} --set train.steps=20"
-                ablate.ablate([], [f"{name}={options}"], seeds=runs, out=out)
+                out.mkdir(parents=True, exist_ok=True)
+                with open(out / f"{name}-{seed}.log", "a") as log, redirect_stdout(log), redirect_stderr(log):
+                    follow(name, out / f"{name}-{seed}", seed, VARIANTS[name][1])
+                print(f"{out / f'{name}-{seed}'}: done")
 
 
 if __name__ == "__main__":
-    command_line(app)
+    rollout.command_line(app)

@@ -1,9 +1,10 @@
-"""The study: runs are reused, gone on with and never mixed; the formulas of the comparison against worked numbers."""
+"""The study: runs are reused, resumed and never mixed; the formulas of the comparison against worked numbers."""
 
 import copy
 import doctest
 import importlib
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,20 +15,21 @@ import pytest
 import scipy.stats
 import torch
 import typer
-from conftest import ROOT, digests
+from conftest import ROOT, identities, load_all, load_folder
+from safetensors.numpy import load_file
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(ROOT / "bench"))
 
 import ablate
 import compare
+import lines
 import plan
 import tries
 
 import cropi
 import rollout
-import train
-from rollout import BadInput, open_tensors
+from rollout import BadInput
 
 
 def test_worked_examples():
@@ -135,27 +137,40 @@ def study(world, *words):
     return [sys.executable, "bench/ablate.py", *ours, "--out", str(world / "study"), *words, "--", *run]
 
 
+def contents(folder, pattern="**/*"):
+    """Bytes of the files, and when they were written."""
+    files = [path for path in sorted(folder.glob(pattern)) if path.is_file()]
+    return {str(path.relative_to(folder)): (path.read_bytes(), path.stat().st_mtime_ns) for path in files}
+
+
+def remake(path, change):
+    """Write one of our files anew, as if it had been made from something else: change(recipe)."""
+    tensors, record = load_file(path), rollout.peek(path)
+    change(record["recipe"])
+    rollout.save(path, tensors, record["recipe"], record["facts"])
+
+
 def test_a_killed_study_goes_on_and_nothing_else_is_mixed_in(small_world):
     out = small_world / "study"
     killed = subprocess.Popen(study(small_world), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
-    while not (out / "full-0" / "rollouts" / "summary.json").exists() and time.monotonic() < deadline:
+    while not (out / "full-0" / "run.safetensors").exists() and time.monotonic() < deadline:
         time.sleep(0.02)
     killed.send_signal(signal.SIGKILL)
     killed.wait()
-    before = digests(out / "influence-0", "stage-*/*")
-    assert "stage-01/summary.json" in before and not (out / "full-0" / "report.json").exists()
+    before = contents(out / "influence-0", "stage-*/**/*.safetensors")
+    assert "stage-02/model/model.safetensors" in before and not (out / "full-0" / "report.json").exists()
 
-    done = subprocess.run(study(small_world), cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    again = subprocess.run(study(small_world), cwd=ROOT, capture_output=True, text=True)
+    assert again.returncode == 0, again.stderr
     runs = ["full-0", "full-1", "influence-0", "influence-1"]
     assert sorted(path.parent.name for path in out.glob("*/report.json")) == runs
-    assert digests(out / "influence-0", "stage-*/*") == before
-    assert "stage 2 of 2 (done before)" in (out / "influence-0.log").read_text()
+    assert contents(out / "influence-0", "stage-*/**/*.safetensors") == before
+    assert "resuming: 2 of 2 stages trained" in (out / "influence-0.log").read_text()
 
     rows = compare.compare([out])
     assert {row["arm"]: row["seeds"] for row in rows} == {"full": 2, "influence": 2}
-    reports = {run: rollout.load_json(out / run / "report.json") for run in runs}
+    reports = {run: json.loads((out / run / "report.json").read_text()) for run in runs}
     for row in rows:
         finals = [reports[f"{row['arm']}-{seed}"]["evaluations"][-1]["accuracy"]["rev"] for seed in (0, 1)]
         assert row["final"][0] == pytest.approx(np.mean(finals))
@@ -171,10 +186,11 @@ def test_a_killed_study_goes_on_and_nothing_else_is_mixed_in(small_world):
     assert (out / "comparison.png").stat().st_size > 10_000
     written = json.loads((out / "comparison.json").read_text())
     assert written["table"] == rows
-    rewards = rollout.open_trajectories(out / "full-1" / "stage-01" / "test-rev.safetensors").rewards.reshape(-1, 2)
+    rewards = load_folder(out / "full-1" / "stage-02" / "test-rev", "trajectories")["rewards"]
+    assert rewards.shape == (10, 2)
     assert written["curves"]["full"]["standard_errors"][1][2] == pytest.approx(scipy.stats.sem(rewards.mean(1)))
 
-    everything = digests(out, "**/*")
+    everything = contents(out)
     refused = subprocess.run(study(small_world, "--stages", "1"), cwd=ROOT, capture_output=True, text=True)
     assert refused.returncode == 2 and "study was begun with --stages 2" in refused.stderr
     command = study(small_world)
@@ -186,88 +202,176 @@ def test_a_killed_study_goes_on_and_nothing_else_is_mixed_in(small_world):
         (common, ["a/b="], "not NAME=OPTIONS"),
         (common, ["x='"], "No closing quotation"),
         (common, ["x=--seed=3"], "are set here"),
+        (common, ["x=--set train.nothing=1"], "arm x: .*no such option"),
     ):
         with pytest.raises(BadInput, match=says):
             ablate.ablate(options, arms, seeds=2, stages=2, out=out)
-    assert digests(out, "**/*") == everything
-    # a run of another making in an arm's place
-    about = rollout.load_json(out / "full-1" / "run.json")
-    about["settings"]["frac"] = 0.3
-    rollout.write_json(out / "full-1" / "run.json", about)
-    about = json.dumps(rollout.load_json(out / "influence-1" / "run.json"))
-    about = json.loads(about.replace("valid-rev.jsonl", "valid-srt.jsonl"))
-    rollout.write_json(out / "influence-1" / "run.json", about)
-    with pytest.raises(BadInput, match=r"full-1 was begun with frac 0.3, now 0.1;"):
-        ablate.ablate(common, ["full=--selector full"], seeds=2, stages=2, out=out)
-    with pytest.raises(BadInput, match=r"full-1 and .*full-0 differ in more than the seed: --frac"):
-        compare.compare([out])
-    with pytest.raises(BadInput, match=r"influence-1 and .*influence-0 differ in more than the seed: --valid"):
-        compare.compare([out / "influence-0", out / "influence-1"])
-    report = reports["full-0"] | {"targeted": ["untargeted"]}
-    rollout.write_json(out / "full-0" / "report.json", report)
-    with pytest.raises(BadInput, match="cannot be compared: another choice of targeted test sets"):
-        compare.compare([out / "influence-0", out / "full-0"])
+    assert contents(out) == everything
+
+
+def test_runs_that_differ_are_not_compared(small_world):
+    """A run of another making in an arm's place, and arms whose accuracies are not of the same thing."""
+    out = small_world / "study"
+    command = study(small_world)
+    common = command[command.index("--") + 1 :]
+    ablate.ablate(common, ["influence=", "full=--selector full"], seeds=2, stages=1, out=out)
+    pair = [out / "influence-0", out / "full-0"]
+    assert {row["arm"] for row in compare.compare(pair)} == {"influence", "full"}
+    kept = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+
+    def refused(runs, says, **options):
+        with pytest.raises(BadInput, match=says):
+            compare.compare(runs, **options)
+        for path, content in kept.items():
+            path.write_bytes(content)
+
+    remake(out / "full-1" / "run.safetensors", lambda recipe: recipe["options"].update(frac=0.3))
+    with pytest.raises(BadInput, match=r"full-1.* was made with .*frac 0\.3, now 0\.1"):
+        ablate.ablate(common, ["full=--selector full"], seeds=2, stages=1, out=out)
+    refused([out], r"full-1 and .*full-0 differ in more than the seed: --frac$")
+    for change, says in (
+        (lambda recipe: recipe["inputs"].update(valid={"srt": "1"}), "--valid"),
+        (lambda recipe: recipe["options"].update({"train.lr": "1"}), "--set train.lr"),
+        (lambda recipe: recipe["code"].update(train="1"), "code of train.py"),
+    ):
+        remake(out / "influence-1" / "run.safetensors", change)
+        two = [out / "influence-0", out / "influence-1"]
+        refused(two, f"influence-1 and .*influence-0 differ in more than the seed: {says}$")
+    report = json.loads((out / "full-0" / "report.json").read_text())
+    (out / "full-0" / "report.json").write_text(json.dumps(report | {"targeted": ["untargeted"]}))
+    refused(pair, "cannot be compared: another choice of targeted test sets")
+    remake(out / "full-0" / "run.safetensors", lambda recipe: recipe["inputs"].update(model="1"))
+    refused(pair, "cannot be compared: another --model")
+    test = out / "full-0" / "rollouts" / "test-untargeted" / "00000.safetensors"
+    remake(test, lambda recipe: recipe["inputs"].update(data="1"))
+    refused(pair, "cannot be compared: another --test$")
+    remake(test, lambda recipe: recipe["options"].update(temperature=0.5))
+    refused(pair, "cannot be compared: another --set test$")
+    shutil.move(test.parent, out / "elsewhere")
+    with pytest.raises(BadInput, match="test-untargeted is gone"):
+        compare.compare(pair)
+    shutil.move(out / "elsewhere", test.parent)
     (out / "influence-1" / "report.json").unlink()
-    with pytest.raises(BadInput, match="influence-1 is not finished"):
-        compare.compare([out / "influence-0", out / "influence-1"])
-    with pytest.raises(BadInput, match="--base fast: no such arm; there is influence"):
-        compare.compare([out / "influence-0"], base="fast")
-    with pytest.raises(BadInput, match="no run here"):
-        compare.compare([small_world])
+    refused([out / "influence-0", out / "influence-1"], "influence-1 is not finished")
+    refused(pair[:1], "--base fast: no such arm; there is influence", base="fast")
+    refused([small_world / "nothing"], "no run here")
+    shutil.rmtree(out / "full-0" / "stage-01" / "test-rev")  # its accuracy is known, its standard error is not
+    compare.compare(pair)
+    errors = json.loads((out / "comparison.json").read_text())["curves"]["full"]["standard_errors"]
+    assert errors[0][0] > 0 and errors[0][1] is None
 
 
-def test_groups_of_two_files_become_one(small_world):
-    data, files = small_world / "train.jsonl", [small_world / name for name in ("a", "b", "c")]
-    one, other = (rollout.rollout(out=files[seed], data=data, seed=seed, samples=3) for seed in (0, 1))
-    groups = {i: (stored, stored.groups()[i]) for i, stored in ((7, other), (2, one), (59, one))}
-    groups[3] = one, one.groups()[3][:1]
-    tries.save_groups(files[2], groups, one.metadata)
-    made = rollout.open_trajectories(files[2])
-    assert {i: len(rows) for i, rows in made.groups().items()} == {2: 3, 3: 1, 7: 3, 59: 3}
-    for i, rows in made.groups().items():
-        stored, before = groups[i]
-        for m, n in zip(rows, before, strict=True):
-            for name, offsets in (("tokens", "offsets"), ("behavior_logps", "logp_offsets")):
-                ours, theirs = (
-                    getattr(t, name)[getattr(t, offsets)[row] : getattr(t, offsets)[row + 1]]
-                    for t, row in ((made, m), (stored, n))
-                )
+def test_groups_of_two_tables_become_one(small_world):
+    places = []
+    for seed in (0, 1):
+        rollout.rollout(out=small_world / f"{seed}", data=str(small_world / "train.jsonl"), seed=seed, samples=3)
+        shards = rollout.shard_paths(small_world / f"{seed}", "trajectories")
+        tables = [rollout.load_trajectories(path)[0] for path in shards]
+        places.append({int(i): (table, n) for table in tables for n, i in enumerate(table.prompt_index)})
+    groups = [places[1][7], places[0][2], places[0][59]]
+    made = tries.join(groups, groups[0][0])
+    assert made.prompt_index.tolist() == [7, 2, 59]
+    for n, (stored, m) in enumerate(groups):
+        assert np.array_equal(made.prompt(n), stored.prompt(m)) and len(made.prompt(n))
+        for name in ("prompt_length", "length", "rewards", "truncated"):
+            assert np.array_equal(getattr(made, name)[n], getattr(stored, name)[m])
+        for k in range(3):
+            for name in ("tokens", "behavior_logps"):
+                ours, theirs = getattr(made, name)[made.span(n, k)], getattr(stored, name)[stored.span(m, k)]
                 assert len(ours) and np.array_equal(ours, theirs)
-            for name in ("prompt_length", "rewards", "prompt_index", "truncated"):
-                assert getattr(made, name)[m] == getattr(stored, name)[n]
+
+
+def follow(world, out, name, *settings, stages=2):
+    """A run of a variant on the small world."""
+    files = {kind: [str(world / f"{kind}-rev.jsonl")] for kind in ("valid", "test")}
+    assignments = (*SETTINGS, *settings)
+    tries.follow(name, out, 0, stages, pool=str(world / "train.jsonl"), **files, assignments=assignments)
+
+
+def live_prompts(folder):
+    table = load_all(folder)
+    return set(table.prompt_index[table.live()].tolist())
 
 
 @pytest.mark.parametrize("name", list(tries.VARIANTS))
-def test_every_try_scores_what_it_says(small_world, monkeypatch, name):
-    monkeypatch.setattr(cropi, "Curriculum", tries.VARIANTS[name][0])
-    monkeypatch.setattr(train, "sample_trajectories", tries.keep_latest(train.sample_trajectories))
-    files = {kind: [small_world / f"{kind}-rev.jsonl"] for kind in ("valid", "test")}
-    out, pool = small_world / "run", small_world / "train.jsonl"
-    options = {"pool": pool, **files, "stages": 2, "refresh_every": 1, "assignments": SETTINGS, "out": out}
-    cropi.run(**options)
-    monkeypatch.setattr(cropi, "Curriculum", tries.Curriculum)
-    with pytest.raises(BadInput, match=r"was begun with curriculum .*, now Curriculum;"):
-        cropi.run(**options)
-    first, second = (rollout.open_trajectories(out / f / "rollouts/train.safetensors") for f in (".", "stage-01"))
-    valid = [rollout.digest(out / f / "rollouts/valid-rev.safetensors") for f in (".", "stage-01")]
-    assert (valid[0] == valid[1]) == (name != "fresh-validation")
+def test_every_try_scores_what_it_says(small_world, name):
+    out, pool = small_world / f"{name}-0", str(small_world / "train.jsonl")
+    follow(small_world, out, name)
+    before = contents(out, "*/**/*.safetensors")
+    follow(small_world, out, name)  # nothing is made twice
+    assert contents(out, "*/**/*.safetensors") == before
+    files = {kind: [str(small_world / f"{kind}-rev.jsonl")] for kind in ("valid", "test")}
+    with pytest.raises(BadInput, match=f"variant {name}, now None"):
+        cropi.run(pool=pool, **files, stages=2, assignments=SETTINGS, out=out)
+
+    stages = [out / "stage-01", out / "stage-02"]
+    whole, own = out / "rollouts" / "train", [stage / "rollouts" / "train" for stage in stages]
+    scored = [folder if folder.exists() else whole for folder in own]
+    live = [live_prompts(folder) for folder in (whole, *scored)]
+    for stage, folder, prompts in zip(stages, scored, live[1:], strict=True):
+        gradients = load_folder(stage / "gradients-train", "gradients")
+        assert set(gradients["prompt_index"].tolist()) == prompts
+        made_of = [rollout.peek(path)["recipe"]["inputs"] for path in sorted((stage / "gradients-train").iterdir())]
+        assert [inputs["trajectories"] for inputs in made_of] == list(identities(folder, "*.safetensors").values())
+    valid = [stage / "rollouts" / "valid-rev" for stage in stages]
+    assert [folder.exists() for folder in valid] == [False, name == "fresh-validation"]
+    used = valid[1] if name == "fresh-validation" else out / "rollouts" / "valid-rev"
+    inputs = rollout.peek(stages[1] / "gradients-valid-rev" / "00000.safetensors")["recipe"]["inputs"]
+    assert inputs["trajectories"] == rollout.peek(used / "00000.safetensors")["identity"]
+
+    evaluations = json.loads((out / "report.json").read_text())["evaluations"]
+    offline = [evaluation.get("trajectories_offline") for evaluation in evaluations]
+    assert offline[0] == 60 * 8 + 12 * 4
     if name in ("screened", "random-half"):
-        whole = rollout.open_trajectories(out / "rollouts" / "all.safetensors")
-        live = [set(t.live_groups()) for t in (whole, first, second)]
+        assert offline[1:] == [0, 0]
         assert live[1] < live[0] and live[2] < live[0]
         assert (live[1] == live[2]) == (name == "screened")
         if name == "screened":
-            off = {i: abs(rate - 0.5) for i, rate in whole.pass_rates().items()}
+            table = load_all(whole)
+            off = dict(zip(table.prompt_index.tolist(), abs(table.rewards.mean(1) - 0.5), strict=True))
             assert len(live[1]) == len(live[0]) // 2
             assert max(off[i] for i in live[1]) <= min(off[i] for i in live[0] - live[1])
+        else:
+            assert [len(load_all(folder).prompt_index) for folder in own] == [30, 30]
+    elif name == "fresh-validation":
+        assert offline[1:] == [None, 12 * 4]
+        recipe = rollout.peek(valid[1] / "00000.safetensors")["recipe"]
+        assert recipe["inputs"]["model"] == rollout.peek(stages[0] / "model")["identity"]
     else:
-        chosen = open_tensors(out / "stage-00" / "selection.safetensors", "selection")[0]["ranked"].tolist()
+        assert offline[1:] == [None, 0]
+        tables = [load_all(folder) for folder in (whole, scored[1], stages[0] / "trained")]
         logps = [
-            {i: t.behavior_logps[t.logp_offsets[r.start] : t.logp_offsets[r.stop]] for i, r in t.groups().items()}
-            for t in (first, second)
+            {int(i): t.behavior_logps[t.span(n, 0).start : t.span(n, 7).stop] for n, i in enumerate(t.prompt_index)}
+            for t in tables
         ]
         changed = [i for i in range(60) if not np.array_equal(logps[0][i], logps[1][i])]
-        assert sorted(changed) == (sorted(chosen) if name == "own-trajectories" else [])
+        chosen = rollout.load(stages[0] / "selection.safetensors", "selection")[0]["ranked"].tolist()
+        assert sorted(changed) == sorted(chosen) == sorted(logps[2])  # a step takes all 6 that are chosen
+        assert all(np.array_equal(logps[1][i], logps[2][i]) for i in changed)
+    assert compare.read_arms([out])[name].targeted.shape == (1, 3)
+
+
+def test_own_trajectories_survive_a_kill(small_world, monkeypatch):
+    """A stage that is resumed from its checkpoint still has what it sampled before."""
+    settings = ("train.steps=4", "train.batch_prompts=2", "train.save_every=0")
+    follow(small_world, small_world / "whole", "own-trajectories", *settings)
+    sample = rollout.sample_trajectories
+
+    def killed(*given, **sampling):
+        if sampling["seed"] == [0, 3]:  # the last step of the first stage
+            raise KeyboardInterrupt
+        return sample(*given, **sampling)
+
+    monkeypatch.setattr(rollout, "sample_trajectories", killed)
+    with pytest.raises(KeyboardInterrupt):
+        follow(small_world, small_world / "killed", "own-trajectories", *settings)
+    monkeypatch.setattr(rollout, "sample_trajectories", sample)
+    assert (small_world / "killed" / "stage-01" / "checkpoint.safetensors").exists()
+    follow(small_world, small_world / "killed", "own-trajectories", *settings)
+    assert rollout.sample_trajectories is sample
+    for pattern in ("stage-01/trained/*.safetensors", "stage-02/**/0*.safetensors", "stage-*/selection.safetensors"):
+        made = [identities(small_world / name, pattern) for name in ("whole", "killed")]
+        assert made[0] == made[1] != {}
 
 
 def test_the_table_has_its_place(tmp_path):
@@ -305,8 +409,9 @@ def test_the_plan_of_a_preset_needs_no_weights(tmp_path, size, weights):
     options = ["--train", "x", "--valid", "a=y", "--test", "a=z", "--set", "project.k=1024", "--stages", "2"]
     rows = plan.plan(options, config=config, prompts=[f"{n}={c}" for n, c in names.items()], live=0.5)
     rows = {row["what"]: row for row in rows}
-    assert rows["scoring, pool"]["disk"] == 2 * 500 * 1024 * 4
-    assert rows["training, updates"]["disk"] == pytest.approx(2 * 12 * weights, rel=0.01)
+    assert rows["scoring, pool"]["disk"] == 2 * (500 + 256) * 1024 * 4  # of 512 prompts half are live, and halved
+    # two models, two optimizer states before the older one goes, a checkpoint and its successor
+    assert rows["training, updates"]["disk"] == pytest.approx((2 * 4 + 2 * 8 + 2 * 12) * weights, rel=0.01)
     assert rows["offline rollouts, pool"]["tokens"] == 1000 * (128 + 8 * 8)
     assert rows["all"]["hours"] == pytest.approx(sum(row["hours"] for row in rows.values()) / 2)
     with pytest.raises(BadInput, match="no config"):
@@ -322,12 +427,39 @@ def test_the_plan_is_what_a_run_writes(small_world):
     run += [word for setting in SETTINGS for word in ("--set", setting)]
     command = typer.main.get_command(cropi.app).commands["run"]
     command.invoke(command.make_context("cropi.py", [*run, "--out", str(small_world / "run")]))
-    pool = rollout.open_trajectories(small_world / "run/rollouts/train.safetensors")
-    live = len(pool.live_groups()) / 60
-    lengths = {"prompt_tokens": pool.prompt_length.mean(), "completion_tokens": pool.completion_length.mean()}
+    pool = load_all(small_world / "run/rollouts/train")
+    live = len(pool.live()) / 60
+    lengths = {"prompt_tokens": pool.prompt_length.mean(), "completion_tokens": pool.length.mean()}
     rows = {row["what"]: row for row in plan.plan(run, live=live, **lengths)}
-    assert rows["offline rollouts, pool"]["tokens"] == pytest.approx(
-        len(pool.tokens) - 7 * pool.prompt_length[::8].sum(), rel=1e-6
-    )
-    written = (small_world / "run/stage-00/gradients-train.safetensors").stat().st_size
-    assert rows["scoring, pool"]["disk"] == 60 * live * 64 * 4 < written
+    tokens = len(pool.tokens) + len(pool.prompt_tokens)
+    assert rows["offline rollouts, pool"]["tokens"] == pytest.approx(tokens, rel=1e-6)
+    tensors = sum(tensor.nbytes for tensor in pool.tensors().values())
+    assert rows["offline rollouts, pool"]["disk"] == pytest.approx(tensors, rel=1e-6)
+    gradients = load_folder(small_world / "run/stage-01/gradients-train", "gradients")
+    sketches = gradients["sketch"].nbytes + gradients["half_sketch"].nbytes
+    assert rows["scoring, pool"]["disk"] == pytest.approx(sketches, rel=1e-6)
+    files = ("model/model.safetensors", "optimizer.safetensors")
+    written = sum((small_world / "run/stage-01" / name).stat().st_size for name in files)
+    checkpoints = 2 * 12 * 340_896  # while it trained
+    assert rows["training, updates"]["disk"] - checkpoints == pytest.approx(written, rel=0.01)
+
+
+def test_lines_by_hand():
+    source = '''"""Head
+of two lines."""
+
+# alone
+def f(x):  # trailing
+    """Doc."""
+
+    # why
+    y = (x +
+         1)
+    return y
+'''
+    size = lines.measure(source)
+    # code: def (half of it a comment), y = (x +, 1), return; tokens: def f ( x ) : / y = ( x + 1 ) / return y
+    assert (size.lines, size.code, size.docstrings, size.comments) == (11, 3.5, 3, 2.5)
+    assert size.tokens == 6 + 7 + 2
+    assert size.bodies == [(3, "f")]
+    assert size.share == 5.5 / 9
