@@ -317,13 +317,15 @@ def draw_curve(path: Path, entries: list[dict], targeted: list[str], title: str)
 
 def draw_selection(path: Path, pool: list[dict], chosen: list[Array], column: str, title: str) -> None:
     """What each stage chose, by a column of the data, beside the pool; and how much of it was chosen before."""
+    from matplotlib import colormaps
+
     groups = np.array([str(row.get(column, "all")) for row in pool])
     sets = [np.arange(len(pool)), *chosen]
     stages, bottom = range(1, len(chosen) + 1), np.zeros(len(sets))
     with picture(path, title) as (left, right):
         for g, name in enumerate(np.unique(groups)):
             share = np.array([(groups[some] == name).mean() for some in sets])
-            left.bar(["pool", *map(str, stages)], share, bottom=bottom, label=name, color=f"C{g}" if g < 10 else None)
+            left.bar(["pool", *map(str, stages)], share, bottom=bottom, label=name, color=colormaps["tab20"](g % 20))
             bottom += share
         left.set(title=f"chosen prompts by {column}", xlabel="stage", ylabel="share", ylim=(0, 1))
         left.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize="small", reverse=True)

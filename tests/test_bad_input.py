@@ -457,7 +457,7 @@ def test_train(refused, world, tmp_path):
     refused("train", *out, *given, "--limit", 50, says="other data")
     refused("train", *out, *given, "--samples", 1, says="--samples")
     refused("train", *out, *given, "--lr", 0, says="lr")
-    refused("train", *out, *given, "--optimizer", w / "no.safetensors", says="no.safetensors is gone")
+    refused("train", *out, *given, "--optimizer", w / "no.safetensors", says="no.safetensors: no such file")
     refused("train", *out, *given, "--optimizer", w / "s.safetensors", says="")
     refused("train", *out, *given, "--initial-model", w / "no-model", says="no-model")
     train.train(selection=w / "s.safetensors", data=str(w / "train.jsonl"), out=tmp_path / "one", steps=1)
