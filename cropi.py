@@ -47,6 +47,7 @@ from pathlib import Path
 from typing import Annotated
 
 import numpy as np
+import pandas
 import typer
 from filelock import FileLock, Timeout
 
@@ -73,10 +74,10 @@ TOY_VALID = [str(TOY / f"valid-{name}.jsonl") for name in ("rev", "srt")]
 TOY_TEST = [str(TOY / f"test-{name}.jsonl") for name in ("rev", "srt", "untargeted")]
 # Completions per prompt of a validation and of a test set; a training prompt has rollout.py's own 8.
 SAMPLES = {"valid": {"samples": 32}, "test": {"samples": 4}}
-SHARED = (  # set for `rollout`, these hold for valid, test and train as well
+SHARED = {  # set for `rollout`, these hold for all scripts that have them
     *("temperature", "max_tokens", "max_prompt_tokens", "system", "chat", "reward", "reward_seconds", "max_errors"),
     *("engine", "gpu_memory", "dtype", "limit"),
-)
+}
 OURS = {  # options that the loop itself gives to each script
     *("out", "model", "data", "seed", "trajectories", "gradients", "valid_gradients", "selector", "frac", "help"),
     *("selection", "previous", "initial_model", "optimizer", "stage"),
@@ -106,21 +107,12 @@ class Run:
     keep_states: int
     settings: dict[str, dict]  # options of each script, beside those that are set below
 
-    def sets(self, asked: set[str]) -> dict[str, tuple[str, str]]:
-        """Name -> (use of rollout.py, data set): of the pool, if the selector looks at what is `asked` or at more, and
-        of the validation sets."""
-        names = select.asks_for(self.selector)
-        valid = self.valid if names & select.OF_VALIDATION else {}
-        pool = {"train": ("rollout", self.pool)} if names & (asked | select.OF_GRADIENTS | select.OF_VALIDATION) else {}
+    def sets(self, kind: int) -> dict[str, tuple[str, str]]:
+        """Name -> (use of rollout.py, data set): the sets of which the selector needs this kind of files."""
+        needs = select.needs(self.selector)
+        pool = {"train": ("rollout", self.pool)} if needs >= kind else {}
+        valid = self.valid if needs == select.VALIDATION else {}
         return pool | {f"valid-{name}": ("valid", source) for name, source in valid.items()}
-
-    def stored(self) -> dict[str, tuple[str, str]]:
-        """The sets whose trajectories the selector looks at."""
-        return self.sets(select.OF_TRAJECTORIES)
-
-    def scored(self) -> list[str]:
-        """The sets whose gradients the selector looks at."""
-        return list(self.sets(set()))
 
     def stage(self, s: int) -> Path:
         return self.out / f"stage-{s:02d}"
@@ -139,7 +131,7 @@ def curriculum(run: Run, stages: int) -> Iterator[int]:
             stored = stage / "rollouts"
             sample(run, policy, stored, seed)  # β = π_θ
         if s == 1 or not run.static:
-            gradients = {name: stage / f"gradients-{name}" for name in run.scored()}
+            gradients = {name: stage / f"gradients-{name}" for name in run.sets(select.GRADIENTS)}
             for name, out in gradients.items():  # ĝ and its sketch g̃ (2, 3)
                 options = run.settings["project"] | ({} if name == "train" else {"halves": 0})
                 call("project", model=policy, trajectories=stored / name, out=out, seed=seed, **options)
@@ -147,7 +139,7 @@ def curriculum(run: Run, stages: int) -> Iterator[int]:
             call(  # cosines, ranks, fusion (4, 5)
                 "select",
                 data=run.pool,
-                trajectories=stored / "train" if run.stored() else None,
+                trajectories=stored / "train" if run.sets(select.TRAJECTORIES) else None,
                 gradients=gradients.get("train"),
                 valid_gradients=[out for name, out in gradients.items() if name != "train"],
                 previous=previous,
@@ -165,7 +157,7 @@ def curriculum(run: Run, stages: int) -> Iterator[int]:
 
 def sample(run: Run, policy: Path, folder: Path, seed: int) -> None:
     """K trajectories for each prompt of the sets that the selector looks at."""
-    for name, (use, source) in run.stored().items():
+    for name, (use, source) in run.sets(select.TRAJECTORIES).items():
         call("rollout", model=policy, data=source, out=folder / name, seed=seed, **run.settings[use])
 
 
@@ -203,34 +195,34 @@ def is_there(out: Path) -> bool:
 # The report: computed from the files alone
 
 
-def total(folders: Iterable[Path], fact: str) -> float:
-    """Sum of a fact over the shards of the folders."""
-    return sum(rollout.peek(path)["facts"][fact] for folder in folders for path in folder.glob("[0-9]*.safetensors"))
+def total(folders: Iterable[Path]) -> Counter:
+    """Sums of seconds and counts over the shards of the folders."""
+    return sum(map(rollout.totals, folders), Counter())
 
 
 def report_stage(run: Run, s: int, steps: int) -> dict:
     """Costs and results of stage s (0: before training), which begins after `steps` steps. Seconds are the work of all
     processes, added up."""
     stage = run.stage(s) if s else run.out / "rollouts"
-    tests, fresh = {name: stage / f"test-{name}" for name in run.test}, stage / "rollouts" if s else stage
-    accuracy = {name: total([path], "reward") / total([path], "trajectories") for name, path in tests.items()}
-    entry = {"stage": s, "steps": steps, "accuracy": accuracy, "seconds_evaluation": total(tests.values(), "seconds")}
-    if fresh.is_dir():
-        folders = [fresh / name for name in run.stored()]
-        entry["seconds_rollout"], entry["trajectories_offline"] = (
-            total(folders, f) for f in ("seconds", "trajectories")
-        )
+    tests = {name: rollout.totals(stage / f"test-{name}") for name in run.test}
+    accuracy = {name: sums["rewards"] / sums["trajectories"] for name, sums in tests.items()}
+    entry = {"stage": s, "steps": steps, "accuracy": accuracy}
+    entry["seconds_evaluation"] = sum(sums["seconds"] for sums in tests.values())
+    if (fresh := stage / "rollouts" if s else stage).is_dir():
+        sums = total(fresh / name for name in run.sets(select.TRAJECTORIES))
+        entry |= {"seconds_rollout": sums["seconds"], "trajectories_offline": sums["trajectories"]}
     if not s:
         return entry
     trained, selection = rollout.peek(stage / "model")["facts"], stage / "selection.safetensors"
     choice = rollout.peek(selection)["facts"] if selection.exists() else {"seconds": 0.0, "diagnostics": {}}
+    scored = total(stage / f"gradients-{name}" for name in run.sets(select.GRADIENTS) if selection.exists())
     return entry | {
         "steps": steps + len(trained["log"]),
         "chosen": len(chosen_prompts(run, s)),
         "reward": float(np.mean([line["reward"] for line in trained["log"]])),
         "diagnostics": choice["diagnostics"],
         "trajectories_training": sum(line["trajectories"] for line in trained["log"]),
-        "seconds_scoring": choice["seconds"] + total([stage / f"gradients-{name}" for name in run.scored()], "seconds"),
+        "seconds_scoring": choice["seconds"] + scored["seconds"],
         "seconds_training": trained["seconds"],
     }
 
@@ -241,17 +233,14 @@ def chosen_prompts(run: Run, s: int) -> Array:
 
 
 def resuming(run: Run, stages: int) -> str:
-    """What is there, what it cost, what comes next; empty for a new folder."""
-    models = sorted(path.parent for path in run.out.glob("stage-*/model/cropi.json"))
-    shards = [path for path in run.out.glob("**/[0-9]*.safetensors") if not path.parent.name.startswith(".")]
-    files = [*models, *shards, *run.out.glob("stage-*/selection.safetensors")]
-    spent = sum(rollout.peek(path)["facts"].get("seconds", 0.0) for path in files)
-    trained = sum(run.stage(s) / "model" in models for s in range(1, stages + 1))
-    has = ", ".join(sorted(path.name for path in run.stage(trained + 1).glob("[!.]*"))) or "nothing yet"
-    later = f"stage {trained + 1} (has {has})" if trained < stages else "nothing to train"
-    return (
-        f"resuming: {trained} of {stages} stages trained ({spent:.1f} s of work so far); next: {later}" if files else ""
-    )
+    """What is there and what comes next; empty for a new folder."""
+    trained = sum((run.stage(s) / "model").is_dir() for s in range(1, stages + 1))
+    folders = [run.stage(trained + 1)] if trained else [run.out / "rollouts", run.stage(1)]
+    has = ", ".join(sorted(path.name for folder in folders for path in folder.glob("[!.]*")))
+    if not trained and not has:
+        return ""
+    following = f"stage {trained + 1} (has {has or 'nothing yet'})" if trained < stages else "nothing to train"
+    return f"resuming: {trained} of {stages} stages trained; next: {following}"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -275,15 +264,19 @@ PARTS = ("rollout", "scoring", "training")
 
 
 def print_table(entries: list[dict], targeted: list[str]) -> None:
-    columns = ["stage", "steps", "chosen", "reward", *entries[0]["accuracy"], "targeted", *(f"{p} s" for p in PARTS)]
-    say("\n" + "  ".join(f"{name:>6}" for name in columns))
-    for entry in entries:
-        seconds = {p: entry.get(f"seconds_{p}") for p in PARTS}
-        row = entry | entry["accuracy"] | {f"{p} s": f"{x:.1f}" for p, x in seconds.items() if x is not None}
-        row["targeted"] = float(np.mean([entry["accuracy"][name] for name in targeted])) if targeted else ""
-        cells = [row.get(name, "") for name in columns]
-        texts = [f"{cell:.3f}" if isinstance(cell, float) else str(cell) for cell in cells]
-        say("  ".join(f"{text:>{max(6, len(name))}}" for text, name in zip(texts, columns, strict=True)))
+    table = pandas.DataFrame([entry | entry["accuracy"] for entry in entries]).convert_dtypes()
+    table["targeted"] = table[targeted].mean(axis=1)
+    columns = [
+        "stage",
+        "steps",
+        "chosen",
+        "reward",
+        *entries[0]["accuracy"],
+        "targeted",
+        *(f"seconds_{p}" for p in PARTS),
+    ]
+    table = table.reindex(columns=columns).astype(object).fillna("")
+    say(f"\n{table.to_string(index=False, float_format='{:.3f}'.format)}")
 
 
 @contextmanager
@@ -300,15 +293,14 @@ def picture(path: Path, title: str) -> Iterator[tuple]:
 
 def draw_curve(path: Path, entries: list[dict], targeted: list[str], title: str) -> None:
     """Accuracy against steps; targeted and untargeted test sets in panels of their own."""
-    others = [name for name in entries[0]["accuracy"] if name not in targeted]
-    steps = [entry["steps"] for entry in entries]
+    table = pandas.DataFrame([entry["accuracy"] for entry in entries], [entry["steps"] for entry in entries])
+    others = [name for name in table if name not in targeted]
     with picture(path, title) as axes:
         for axis, names, panel in zip(axes, (targeted, others), ("targeted", "untargeted"), strict=True):
-            curves = np.array([[entry["accuracy"][name] for entry in entries] for name in names])  # (sets, S + 1)
-            for name, curve in zip(names, curves, strict=True):
-                axis.plot(steps, curve, marker="o", markersize=3, linewidth=1, label=name)
+            for name in names:
+                axis.plot(table[name], marker="o", markersize=3, linewidth=1, label=name)
             if len(names) > 1:
-                axis.plot(steps, curves.mean(0), color="black", linewidth=2, label="mean")
+                axis.plot(table[names].mean(axis=1), color="black", linewidth=2, label="mean")
             axis.set(title=f"{panel} test sets", xlabel="training steps", ylabel="accuracy", ylim=(0, 1))
             axis.grid(alpha=0.3)
             if names:
@@ -317,23 +309,18 @@ def draw_curve(path: Path, entries: list[dict], targeted: list[str], title: str)
 
 def draw_selection(path: Path, pool: list[dict], chosen: list[Array], column: str, title: str) -> None:
     """What each stage chose, by a column of the data, beside the pool; and how much of it was chosen before."""
-    from matplotlib import colormaps
-
-    groups = np.array([str(row.get(column, "all")) for row in pool])
-    sets = [np.arange(len(pool)), *chosen]
-    stages, bottom = range(1, len(chosen) + 1), np.zeros(len(sets))
+    groups = pandas.Series([str(row.get(column, "all")) for row in pool])
+    sets = {"pool": groups} | {str(s): groups[some] for s, some in enumerate(chosen, 1)}
+    shares = pandas.DataFrame({name: some.value_counts(normalize=True) for name, some in sets.items()}).T
     with picture(path, title) as (left, right):
-        for g, name in enumerate(np.unique(groups)):
-            share = np.array([(groups[some] == name).mean() for some in sets])
-            left.bar(["pool", *map(str, stages)], share, bottom=bottom, label=name, color=colormaps["tab20"](g % 20))
-            bottom += share
+        shares.plot.bar(stacked=True, ax=left, colormap="tab20", width=0.8, rot=0)
         left.set(title=f"chosen prompts by {column}", xlabel="stage", ylabel="share", ylim=(0, 1))
         left.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize="small", reverse=True)
         kept = [select.overlap(now, before) for before, now in itertools.pairwise(chosen)]
-        ever = [len(np.unique(np.concatenate(chosen[:s]))) / len(pool) for s in stages]
-        right.plot(stages[1:], kept, marker="o", label="share chosen by the stage before")
-        right.plot(stages, ever, marker="s", label="share of the pool ever chosen")
-        right.set(title="turnover", xlabel="stage", ylim=(0, 1), xticks=stages)
+        ever = [len(np.unique(np.concatenate(chosen[:s]))) / len(pool) for s in range(1, len(chosen) + 1)]
+        right.plot(range(2, len(chosen) + 1), kept, marker="o", label="share chosen by the stage before")
+        right.plot(range(1, len(chosen) + 1), ever, marker="s", label="share of the pool ever chosen")
+        right.set(title="turnover", xlabel="stage", ylim=(0, 1), xticks=range(1, len(chosen) + 1))
         right.grid(alpha=0.3)
         right.legend(fontsize="small")
 
@@ -348,28 +335,27 @@ def parse_settings(assignments: list[str]) -> dict[str, dict[str, object]]:
     Raises:
         BadInput: an unknown stage or option, one that the loop sets itself, or a value that the option refuses.
     """
-    settings: dict[str, dict] = {stage: dict(SAMPLES.get(stage, {})) for stage in USES}
+    settings: dict[str, dict] = {use: dict(SAMPLES.get(use, {})) for use in USES}
     for text in assignments:
         name, has_value, value = text.partition("=")
-        stage, _, option = name.partition(".")
-        option = option.replace("-", "_")
-        require(
-            has_value == "=" and stage in USES, f"--set {text}: not SCRIPT.OPTION=VALUE, SCRIPT of {', '.join(USES)}"
-        )
-        command = typer.main.get_command(USES[stage].app)
-        parameters = {p.name: p for p in command.params if p.name not in OURS}
-        require(option in parameters, f"--set {text}: {stage} has no such option (there is: {', '.join(parameters)})")
+        use, _, option = name.replace("-", "_").partition(".")
+        known = f"--set {text}: not SCRIPT.OPTION=VALUE, SCRIPT of {', '.join(USES)}"
+        require(has_value == "=" and use in USES, known)
+        options = options_of(use)
+        require(option in options, f"--set {text}: {use} has no such option (there is: {', '.join(options)})")
         try:
-            settings[stage][option] = parameters[option].process_value(typer.Context(command), value)
+            settings[use][option] = options[option].process_value(typer.Context(typer.main.get_command(app)), value)
         except typer.BadParameter as error:
             raise BadInput(f"--set {text}: {error.message}") from None
-    for stage in ("valid", "test"):
-        settings[stage] = settings["rollout"] | settings[stage]
-    settings["project"] = {o: v for o, v in settings["rollout"].items() if o == "dtype"} | settings["project"]
-    shared = {option: value for option, value in settings["rollout"].items() if option in SHARED}
-    settings["train"] = shared | settings["train"]
-    settings["select"] = {o: v for o, v in settings["rollout"].items() if o == "limit"} | settings["select"]
+    for use in USES:  # those of `rollout` hold for the others, too
+        names = options_of(use).keys() if use in SAMPLES else options_of(use).keys() & SHARED
+        settings[use] = {o: v for o, v in settings["rollout"].items() if o in names} | settings[use]
     return settings
+
+
+def options_of(use: str) -> dict:
+    """The options of a script that `--set` reaches, by name."""
+    return {p.name: p for p in typer.main.get_command(USES[use].app).params if p.name not in OURS}
 
 
 def set_names(texts: list[str], prefix: str) -> dict[str, str]:
@@ -405,9 +391,9 @@ def locked(folder: Path) -> Iterator[None]:
 def run_recipe(run: Run, prompts: rollout.Prompts, limit: int | None) -> dict:
     """All that the run depends on but its extent: stages and test sets."""
     options = {name: getattr(run, name) for name in ("selector", "frac", "static", "refresh_every", "seed")}
-    for use, module in USES.items():
-        every = {p.name: p.default for p in typer.main.get_command(module.app).params if p.name not in OURS}
-        every = rollout.make_recipe("run", CODE, every | run.settings[use])["options"] if use != "test" else {}
+    for use in [use for use in USES if use != "test"]:
+        every = {name: option.default for name, option in options_of(use).items()} | run.settings[use]
+        every = rollout.make_recipe("run", CODE, every)["options"]
         options |= {f"{use}.{name}": value for name, value in every.items()}
     valid = {name: rollout.load_prompts(source, limit).digest for name, source in run.valid.items()}
     model = rollout.model_identity(run.model)
@@ -471,14 +457,10 @@ def run(
     require(not toy_sets, f"{pool} needs validation and test sets of its own: --valid FILE --test FILE")
     require(not (static and refresh_every), "--static chooses once; --refresh-every would sample for no selection")
     out = out or Path("runs") / f"{Path(selector.partition(':')[0]).stem}-{seed}"
-    earlier = (out / "run.json").exists() or (out / "stage-00").exists()
-    require(not earlier, f"{out} was made by an earlier version of these scripts; choose a new --out")
-    strange = [
-        path.name
-        for path in out.glob("[!.]*")
-        if not re.match(r"(run|rollouts|stage-|curve|selection|report)", path.name)
-    ]
-    require(not strange, f"{out} holds something else than a run ({', '.join(strange[:3])}); choose a new --out")
+    ours = r"run\.safetensors|rollouts|stage-(?!00)\d+|(curve|selection)\.png|report\.json"
+    strange = [path.name for path in out.glob("[!.]*") if not re.fullmatch(ours, path.name)]
+    wrong = f"{out} holds something else than a run of this version of the scripts ({', '.join(sorted(strange)[:3])})"
+    require(not strange, f"{wrong}; choose a new --out")
     this = Run(
         *(out, rollout.model_folder(model), pool, valid_sets, test_sets, selector, frac),
         *(static, refresh_every, seed, keep_states, settings),

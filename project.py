@@ -84,7 +84,7 @@ from transformers import PreTrainedModel
 
 import rollout
 import train
-from rollout import RANK, TOY, WORLD, Array, Count, Dtype, Given, Natural, Share, Trajectories, require
+from rollout import TOY, Array, Count, Dtype, Given, Natural, Share, Trajectories, require
 from train import Batch, collate, completion_logps, k3_kl, micro_batches, sequence_mean
 
 CODE = train.CODE | {"project": rollout.code_digest(__file__)}
@@ -233,15 +233,13 @@ class GradientSketcher:
         self.model, self.ratio, self.cap = model.requires_grad_(False), ratio, cap
         names = {id(parameter): name for name, parameter in model.named_parameters()}  # a tied weight has one name
         layers = [module for module in model.modules() if type(module) in (nn.Linear, nn.Embedding)]
-        self.weights = {names[id(module.weight)]: module.weight for module in layers}
-        self.biases = {
-            names[id(module.bias)]: module.bias for module in layers if getattr(module, "bias", None) is not None
-        }
+        parameters = [parameter for module in layers for parameter in module.parameters()]
+        self.weights = {names[id(p)]: p for p in sorted(parameters, key=lambda p: -p.ndim)}  # and after them biases
         others = [name for name, p in model.named_parameters() if p.ndim > 1 and name not in self.weights]
         require(
             not others, f"{', '.join(others[:3])}: per-prompt gradients support only nn.Linear and nn.Embedding layers"
         )
-        sizes = {name: parameter.numel() for name, parameter in (self.weights | self.biases).items()}
+        sizes = {name: parameter.numel() for name, parameter in self.weights.items()}
         self.covered = sum(sizes.values())
         self.projection = SparseProjection(sizes, keep_probability(sizes, sparse_ratio), k, seed, model.device)
         # Per-prompt weight gradients are made here, some prompts at a time; fresh memory each time takes longer.
@@ -285,9 +283,6 @@ class GradientSketcher:
             layout = all(delta.ndim == 3 and len(delta) in (prompts, len(batch.mask)) for _, delta in calls)
             require(layout, f"{name} does not see its tokens prompt by prompt; this kind of model is not covered")
             calls = [[x.reshape(prompts, -1, *x.shape[2:]) for x in call] for call in calls]
-            if name in self.biases:
-                self.projection.add(sketch, name, sum(delta.sum(1) for _, delta in calls))
-                continue
             step = max(1, self.MATRIX_ELEMENTS // self.weights[name].numel())
             for start in range(0, prompts, step):
                 some = slice(start, start + step)
@@ -297,8 +292,11 @@ class GradientSketcher:
         return sketch, logps.detach()
 
     def _weight_gradient(self, name: str, calls: list[tuple[Tensor, Tensor]]) -> Tensor:
-        """Prompt by prompt, summed over the calls: (P, O, I) of a linear layer, (P, V, H) of an embedding."""
+        """Prompt by prompt, summed over the calls: (P, O, I) of a linear layer, (P, O) of its bias, (P, V, H) of an
+        embedding."""
         weight, prompts = self.weights[name], len(calls[0][0])
+        if weight.ndim == 1:
+            return sum(delta.sum(1) for _, delta in calls)
         gradient = self.workspace[: prompts * weight.numel()].view(prompts, *weight.shape)
         for number, (taken, delta) in enumerate(calls):
             if taken.is_floating_point():  # (P, O, T) x (P, T, I); with beta = 0 what stood there is ignored
@@ -388,22 +386,17 @@ def project(
         seed: Of the projection; all gradients of one selection need the same.
     """
     options, model = dict(locals()), rollout.model_folder(model)
-    paths = rollout.shard_paths(trajectories, "trajectories")
-    records = [rollout.peek(path) for path in paths]
-    sampled_from, count = records[0]["recipe"]["inputs"], records[0]["recipe"]["shard"]["count"]
+    shards, ways = rollout.shards(trajectories, "trajectories"), "take more samples or easier prompts"
+    sampled = next(iter(shards.values()))["recipe"]
     foreign = f"{trajectories} was sampled by another model than {model} or those it was trained from"
-    require(sampled_from["model"] in train.lineage(model), f"{foreign}; run rollout.py again")
-    live = sum(record["facts"]["live"] for record in records)
-    dead = f"{trajectories}: no live prompt, every group's rewards are equal; take more samples or easier prompts"
-    require(live > 0, dead)
+    require(sampled["inputs"]["model"] in train.lineage(model), f"{foreign}; run rollout.py again")
+    live, count = rollout.totals(trajectories)["live"], sampled["shard"]["count"]
+    require(live > 0, f"{trajectories}: no live prompt, every group's rewards are equal; {ways}")
     rollout.check_out(out)
-    inputs = {"model": rollout.model_identity(model), "data": sampled_from["data"]}
-    recipe, missing = rollout.make_recipe("gradients", CODE, options, **inputs), []
-    for path, record in list(zip(paths, records, strict=True))[RANK::WORLD]:
-        of_shard = {"inputs": inputs | {"trajectories": record["identity"]}, "shard": record["recipe"]["shard"]}
-        if not rollout.is_made(out / path.name, recipe | of_shard):
-            missing.append((path, recipe | of_shard))
-    if missing:
+    inputs = {"model": rollout.model_identity(model), "data": sampled["inputs"]["data"]}
+    recipe = rollout.make_recipe("gradients", CODE, options, **inputs)
+    of_shards = [record["recipe"]["shard"] | {"trajectories": record["identity"]} for record in shards.values()]
+    if missing := rollout.unmade(out, [recipe | {"shard": shard} for shard in of_shards]):
         clock, policy = time.perf_counter(), rollout.load_model(model, rollout.pick_dtype(dtype))[0]
         sketcher = GradientSketcher(policy, k, sparse_ratio, seed, ratio, cap)
         kept, size = sketcher.projection.coordinates, live * k * 4 / 1e6
@@ -413,14 +406,14 @@ def project(
         )
         rollout.say(f"{trajectories}: {live} live prompts of {count}; {said}; {size:.1f} MB")
         chosen = np.random.default_rng(seed).permutation(count)[:halves]  # a matter of seed and prompt alone
-        for path, made_from in rollout.progress(missing, f"project {trajectories.name}", "shard"):
-            groups, record = rollout.load_trajectories(path)
+        for path, made_from in rollout.progress(missing.items(), f"project {trajectories.name}", "shard"):
+            groups, record = rollout.load_trajectories(trajectories / path.name)
             groups, temperature = groups.take(groups.live()), record["recipe"]["options"]["temperature"]
             halved = np.isin(groups.prompt_index, chosen) & (groups.samples % 2 == 0)  # an odd K has no halves
             with train.named(str(path)):
                 tensors = project_groups(sketcher, groups, halved, temperature, batch_tokens)
             seconds, clock = time.perf_counter() - clock, time.perf_counter()
-            rollout.save(out / path.name, tensors, made_from, rollout.facts(seconds))
+            rollout.save(path, tensors, made_from, rollout.facts(seconds))
         sketcher.close()
     rollout.barrier()
 

@@ -43,6 +43,7 @@ import shutil
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -112,6 +113,11 @@ class Trajectories:
         """The prompts n whose rewards differ. In all others every advantage, and so the gradient, is exactly 0."""
         return np.flatnonzero(np.ptp(self.rewards, axis=1) > 0)
 
+    def counts(self) -> dict[str, float]:
+        """Facts of a shard that add up over shards."""
+        counts = {"trajectories": self.rewards.size, "tokens": len(self.tokens), "live": len(self.live())}
+        return counts | {name: getattr(self, name).sum(dtype=float) for name in ("rewards", "truncated")} | self.failed
+
     def take(self, kept: Array) -> Trajectories:
         """The same of some prompts, in the same order: `kept` holds their places n."""
         prompts = np.isin(np.arange(len(self.length)), kept)  # (N,)
@@ -133,60 +139,44 @@ def sample_trajectories(
     engine: TransformersEngine | VllmEngine,
     tokenizer: PreTrainedTokenizerBase,
     rows: Sequence[dict],
-    prompt_index: Sequence[int],
-    reward: str,
-    *,
-    policy: PreTrainedModel | None = None,
-    prompts: Sequence[Sequence[int]] | None = None,
-    verdicts: dict | None = None,
-    **sampling,
-) -> Trajectories:
-    """K verified trajectories for each of N prompts; `rows[n]` has the index `prompt_index[n]`.
-
-    Args:
-        policy: what the engine should sample from, for its `check`.
-        prompts: token ids, where they are known.
-        verdicts: options of `verify`.
-        sampling: goes to the engine: samples, max_tokens, temperature, seed.
-    """
-    prompts = encode_prompts(tokenizer, rows) if prompts is None else prompts
-    samples = sampling["samples"]
-    completions = [c for group in engine.generate(prompts, prompt_index, **sampling) for c in group]  # (N*K,)
-    trajectories = Trajectories(
-        prompt_index=np.array(prompt_index, np.int32),
-        prompt_length=np.array([len(p) for p in prompts], np.int32),
-        prompt_tokens=np.concatenate([*prompts, []]).astype(np.int32),
-        length=np.array([len(c.tokens) for c in completions], np.int32).reshape(-1, samples),  # (N*K,) -> (N, K)
-        tokens=np.concatenate([*(c.tokens for c in completions), []]).astype(np.int32),
-        behavior_logps=np.concatenate([*(c.logps for c in completions), []]).astype(np.float32),
-        rewards=np.zeros((len(prompts), samples), np.float32),
-        truncated=np.array([c.truncated for c in completions], np.uint8).reshape(-1, samples),
-    )
-    if policy is not None:
-        engine.check(policy, trajectories, sampling["temperature"])
-    texts = tokenizer.batch_decode([c.tokens for c in completions], skip_special_tokens=True)
-    repeated = [row for row in rows for _ in range(samples)]  # (N*K,)
-    rewards, trajectories.failed = verify(reward, repeated, texts, **(verdicts or {}))
-    trajectories.rewards[:] = rewards.reshape(-1, samples)
-    return trajectories
-
-
-def sample_prompts(
-    engine: TransformersEngine | VllmEngine,
-    tokenizer: PreTrainedTokenizerBase,
-    policy: PreTrainedModel,
-    rows: Prompts,
-    encoded: Sequence[Sequence[int]] | dict[int, Sequence[int]],
+    prompts: Sequence[Sequence[int]] | dict[int, Sequence[int]],
     picked: Sequence[int],
     o: SimpleNamespace,
-    seed: list[int],
-    allowed: float,
+    seed: Sequence[int],
+    *,
+    policy: PreTrainedModel | None = None,
+    allowed: float | None = None,
 ) -> Trajectories:
-    """`sample_trajectories` for the picked rows, whose token ids are `encoded`, with the options `o` of a command."""
-    sampling = {"samples": o.samples, "max_tokens": o.max_tokens, "temperature": o.temperature, "seed": seed}
-    verdicts, prompts = {"seconds": o.reward_seconds, "allowed": allowed}, [encoded[i] for i in picked]
-    given = {"policy": policy, "prompts": prompts, "verdicts": verdicts} | sampling
-    return sample_trajectories(engine, tokenizer, [rows[i] for i in picked], picked, o.reward, **given)
+    """K verified trajectories for each of the N picked rows.
+
+    Args:
+        prompts: token ids, `prompts[i]` for `rows[i]`.
+        picked: the N places i.
+        o: options of `rollout`: samples (K), max_tokens, temperature, reward, reward_seconds.
+        seed: with i it determines the random numbers of a row.
+        policy: what the engine should sample from, for its `check`.
+        allowed: how many verdicts may fail; see `verify`.
+    """
+    ids, sampling = [prompts[i] for i in picked], {"samples": o.samples, "max_tokens": o.max_tokens, "seed": seed}
+    groups = engine.generate(ids, picked, temperature=o.temperature, **sampling)
+    completions = [c for group in groups for c in group]  # (N*K,)
+    trajectories = Trajectories(
+        prompt_index=np.array(picked, np.int32),
+        prompt_length=np.array([len(p) for p in ids], np.int32),
+        prompt_tokens=np.concatenate([*ids, []]).astype(np.int32),
+        length=np.array([len(c.tokens) for c in completions], np.int32).reshape(-1, o.samples),  # (N*K,) -> (N, K)
+        tokens=np.concatenate([*(c.tokens for c in completions), []]).astype(np.int32),
+        behavior_logps=np.concatenate([*(c.logps for c in completions), []]).astype(np.float32),
+        rewards=np.zeros((len(ids), o.samples), np.float32),
+        truncated=np.array([c.truncated for c in completions], np.uint8).reshape(-1, o.samples),
+    )
+    if policy is not None:
+        engine.check(policy, trajectories, o.temperature)
+    texts = tokenizer.batch_decode([c.tokens.tolist() for c in completions], skip_special_tokens=True)
+    repeated = [rows[i] for i in picked for _ in range(o.samples)]  # (N*K,)
+    rewards, trajectories.failed = verify(o.reward, repeated, texts, seconds=o.reward_seconds, allowed=allowed)
+    trajectories.rewards[:] = rewards.reshape(-1, o.samples)
+    return trajectories
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -242,40 +232,34 @@ def rollout(
     rows, o.model = load_prompts(data, limit), model_folder(model)
     check_out(out)
     recipe = make_recipe("trajectories", CODE, vars(o), model=model_identity(o.model), data=rows.digest)
-    missing = missing_shards(out, recipe, len(rows), shard)
+    missing = unmade(out, shard_recipes(recipe, len(rows), shard))
     if missing:
         make_shards(missing, rows, o)
     barrier()
     if missing and RANK == 0:
-        made = [peek(path)["facts"] for path in shard_paths(out, "trajectories")]
-        count = {name: sum(facts[name] for facts in made) for name in made[0] if name in COUNTS}
-        mean, cut = (count[name] / count["trajectories"] for name in ("reward", "truncated"))
-        said = f"{count['trajectories'] // samples} prompts x {samples}, mean reward {mean:.3f}, {count['live']} live"
-        failed = f", {count['errors']} verdict errors, {count['timeouts']} timeouts" if reward != "exact" else ""
+        sums = totals(out)
+        mean, cut = (sums[name] / sums["trajectories"] for name in ("rewards", "truncated"))
+        said = f"{sums['trajectories'] // samples} prompts x {samples}, mean reward {mean:.3f}, {sums['live']} live"
+        failed = f", {sums['errors']} verdict errors, {sums['timeouts']} timeouts" if reward != "exact" else ""
         say(f"{out}: {said} prompts, {cut:.1%} truncated{failed}")
 
 
-COUNTS = ("trajectories", "tokens", "reward", "truncated", "live", "errors", "timeouts")  # facts of a shard
-
-
-def make_shards(missing: list[tuple[Path, range, dict]], rows: Prompts, o: SimpleNamespace) -> None:
-    """Sample and write the shards (path, rows, recipe); `o` holds the options of `rollout`."""
+def make_shards(missing: dict[Path, dict], rows: Prompts, o: SimpleNamespace) -> None:
+    """Sample and write the shards with these recipes; `o` holds the options of `rollout`."""
     clock = time.perf_counter()
     policy, tokenizer = load_model(o.model, pick_dtype(o.dtype))
     encoded = encode_prompts(tokenizer, rows, o.system, o.chat, o.data)
     kept = set(fitting_prompts(o.data, encoded, policy, o.max_tokens, o.max_prompt_tokens))
     engine = open_engine(o, policy, tokenizer)
-    allowed = max(1, o.max_errors * o.samples * len(kept))
-    for path, part, recipe in progress(missing, f"rollout {o.out.name}", "shard"):
-        picked = [i for i in part if i in kept]
-        seed = [o.seed, int(rows.digest, 16)]
-        trajectories = sample_prompts(engine, tokenizer, policy, rows, encoded, picked, o, seed, allowed)
+    allowed, seed = max(1, o.max_errors * o.samples * len(kept)), [o.seed, int(rows.digest, 16)]
+    for path, recipe in progress(missing.items(), f"rollout {o.out.name}", "shard"):
+        picked = [i for i in range(recipe["shard"]["first"], recipe["shard"]["last"] + 1) if i in kept]
+        checks = {"policy": policy, "allowed": allowed}
+        trajectories = sample_trajectories(engine, tokenizer, rows, encoded, picked, o, seed, **checks)
         allowed -= sum(trajectories.failed.values())
-        sums = [float(x.sum(dtype=np.float64)) for x in (trajectories.rewards, trajectories.truncated)]
-        counts = [trajectories.rewards.size, len(trajectories.tokens), *sums, len(trajectories.live())]
         seconds, clock = time.perf_counter() - clock, time.perf_counter()
-        about = dict(zip(COUNTS, counts, strict=False)) | trajectories.failed | {"model": str(o.model), "data": o.data}
-        save(path, trajectories.tensors(), recipe, facts(seconds, **about))
+        made = facts(seconds, model=str(o.model), data=o.data, **trajectories.counts())
+        save(path, trajectories.tensors(), recipe, made)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -635,8 +619,7 @@ def verify(
     counts, last = {"errors": 0, "timeouts": 0}, "a timeout"
     allowed = max(1, 0.01 * len(rows)) if allowed is None else allowed
     if reward == "exact":
-        verdicts = [_verdict(reward, *task)[0] for task in zip(rows, completions, strict=True)]
-        return np.array(verdicts, np.float32), counts
+        return np.array(exact([], completions, [row["answer"] for row in rows]), np.float32), counts
     verdicts = np.zeros(len(rows), np.float32)
     futures = [
         workers().schedule(_verdict, (reward, *task), timeout=seconds) for task in zip(rows, completions, strict=True)
@@ -1068,7 +1051,7 @@ def progress(items: Iterable, label: str, unit: str, done: int = 0, total: int |
 # A file's record is {recipe, facts, identity}. The recipe is everything that bears on the tensors; facts (seconds,
 # counts, versions) do not. The identity covers recipe and tensors, so a file that is made again is the same file.
 
-FORMAT = "cropi/4"  # raised whenever a formula's result changes
+FORMAT = "cropi/5"  # raised whenever a formula's result changes
 FREE = {"out", "batch_tokens", "gpu_memory", "max_errors", "save_every", "shard"}  # results do not depend on these
 
 
@@ -1117,11 +1100,13 @@ def differences(made: object, now: object, name: str = "") -> list[str]:
 
 def facts(seconds: float, **others: object) -> dict:
     """What is worth knowing of how a file was made and does not bear on it."""
-    versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "numpy", "safetensors")}
     name = torch.cuda.get_device_name() if device().type == "cuda" else device().type
-    versions["python"] = sys.version.partition(" ")[0]
     about = {"seconds": seconds, "device": name, "processes": WORLD, "threads": torch.get_num_threads()}
-    return about | {"versions": versions} | others
+    return about | {"versions": VERSIONS} | others
+
+
+VERSIONS = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "numpy", "safetensors")}
+VERSIONS["python"] = sys.version.partition(" ")[0]
 
 
 @contextmanager
@@ -1234,38 +1219,48 @@ def is_made(path: Path, recipe: dict) -> bool:
     return True
 
 
-def missing_shards(out: Path, recipe: dict, count: int, size: int) -> list[tuple[Path, range, dict]]:
-    """The shards of a set of `count` prompts that this process has to make: path, prompts, recipe of each."""
+def shard_recipes(recipe: dict, count: int, size: int) -> list[dict]:
+    """The recipes of the shards of a set of `count` prompts."""
     size = min(size, max(16, -(-count // 8)))
-    total, missing = -(-count // size), []
-    for number in range(RANK, total, WORLD):
-        part = range(number * size, min(count, (number + 1) * size))
-        shard = {"number": number, "of": total, "first": part.start, "last": part.stop - 1, "count": count}
-        path = out / f"{number:05d}.safetensors"
-        if not is_made(path, recipe | {"shard": shard}):
-            missing.append((path, part, recipe | {"shard": shard}))
-    return missing
+    firsts = range(0, count, size)
+    parts = [{"number": n, "first": first, "last": min(first + size, count) - 1} for n, first in enumerate(firsts)]
+    return [recipe | {"shard": part | {"of": len(firsts), "count": count}} for part in parts]
 
 
-def shard_paths(folder: Path, kind: str) -> list[Path]:
-    """The shards of a folder.
+def unmade(out: Path, recipes: list[dict]) -> dict[Path, dict]:
+    """The shards of a folder that this process has to make, with their recipes; `recipes` are those of all its shards.
+
+    Raises:
+        BadInput: one is there with another recipe.
+    """
+    mine = {out / f"{recipe['shard']['number']:05d}.safetensors": recipe for recipe in recipes[RANK::WORLD]}
+    return {path: recipe for path, recipe in mine.items() if not is_made(path, recipe)}
+
+
+def shards(folder: Path, kind: str) -> dict[Path, dict]:
+    """The shards of a folder, in order, with their records.
 
     Raises:
         BadInput: there is none, or not all; or they are of another kind, or do not belong together.
     """
-    paths = sorted(folder.glob("[0-9]*.safetensors"))
-    require(bool(paths), f"{folder}: no {kind} here (a folder of shards, 00000.safetensors ...)")
-    recipes = [peek(path)["recipe"] for path in paths]
-    for path, recipe in zip(paths, recipes, strict=True):
+    records = {path: peek(path) for path in sorted(folder.glob("[0-9]*.safetensors"))}
+    require(bool(records), f"{folder}: no {kind} here (a folder of shards, 00000.safetensors ...)")
+    first = next(iter(records))
+    for path, record in records.items():
+        recipe = record["recipe"]
         require(recipe["kind"] == kind, f"{path} holds {recipe['kind']}, where {kind} is needed")
-        of = {name: value for name, value in recipe["inputs"].items() if name == "trajectories"}  # a shard of gradients
-        alike = recipes[0] | {"shard": recipe["shard"], "inputs": recipes[0]["inputs"] | of}
-        together = alike == recipe and f"{recipe['shard']['number']:05d}" == path.stem
-        require(together, f"{path} is a shard of something else than {paths[0]}; remove it, and it is made again")
-    total = recipes[0]["shard"]["of"]
-    ways = "the command that makes them resumes"
-    require(len(paths) == total, f"{folder}: {len(paths)} of {total} shards of {kind} are there; {ways}")
-    return paths
+        shard = recipe["shard"]
+        together = records[first]["recipe"] | {"shard": shard} == recipe and f"{shard['number']:05d}" == path.stem
+        require(together, f"{path} is a shard of something else than {first}; remove it, and it is made again")
+    total, ways = shard["of"], "the command that makes them resumes"
+    require(len(records) == total, f"{folder}: {len(records)} of {total} shards of {kind} are there; {ways}")
+    return records
+
+
+def totals(folder: Path) -> Counter:
+    """Sums of the numbers among the facts of a folder's shards: seconds, and the counts of trajectories."""
+    facts = [peek(path)["facts"] for path in folder.glob("[0-9]*.safetensors")]
+    return Counter({name: sum(f[name] for f in facts) for name, x in facts[0].items() if isinstance(x, int | float)})
 
 
 def check_out(out: Path) -> None:

@@ -152,9 +152,12 @@ SELECTORS: dict[str, Callable[..., Array]] = {
     "pass-rate": nearest_pass_rate,
     "learnability": learnability,
 }
-# What a selector may ask for: of trajectories, of gradients too, of validation gradients too.
-OF_TRAJECTORIES, OF_GRADIENTS, OF_VALIDATION = {"pass_rate", "length", "truncated"}, {"grad_norm"}, {"cosine", "inner"}
-OF_ALL = {"rows", "random", "stage", "previous", "frac"}
+# What a selector may ask for, and the files that this takes: the data alone, trajectories too, gradients of the pool
+# too, gradients of the validation sets too.
+DATA, TRAJECTORIES, GRADIENTS, VALIDATION = range(4)
+NEEDS = dict.fromkeys(("rows", "random", "stage", "previous", "frac"), DATA)
+NEEDS |= dict.fromkeys(("pass_rate", "length", "truncated"), TRAJECTORIES)
+NEEDS |= {"grad_norm": GRADIENTS, "cosine": VALIDATION, "inner": VALIDATION}
 
 
 def asks_for(selector: str) -> set[str]:
@@ -164,10 +167,14 @@ def asks_for(selector: str) -> set[str]:
         BadInput: there is no such selector, or it has a parameter of another name.
     """
     names = set(inspect.signature(rollout.load_function(selector, SELECTORS, "selector")).parameters)
-    known = OF_ALL | OF_TRAJECTORIES | OF_GRADIENTS | OF_VALIDATION
-    strange = f"selector {selector!r} asks for {', '.join(sorted(names - known))}; there is {', '.join(sorted(known))}"
-    require(names <= known, strange)
+    strange = ", ".join(sorted(names - NEEDS.keys()))
+    require(not strange, f"selector {selector!r} asks for {strange}; there is {', '.join(sorted(NEEDS))}")
     return names
+
+
+def needs(selector: str) -> int:
+    """Which files a selector takes: the largest of its parameters' NEEDS."""
+    return max((NEEDS[name] for name in asks_for(selector)), default=DATA)
 
 
 def known_selector(selector: str) -> str:
@@ -211,7 +218,7 @@ def join(tables: list[dict[str, Array]]) -> dict[str, Array]:
 
 def load_set(folder: Path, kind: str) -> dict[str, Array]:
     """The tensors of all shards, joined: for sets that fit into memory, without ragged tensors."""
-    return join([rollout.load(path, kind)[0] for path in rollout.shard_paths(folder, kind)])
+    return join([rollout.load(path, kind)[0] for path in rollout.shards(folder, kind)])
 
 
 def of_trajectories(folder: Path, count: int) -> dict[str, Array]:
@@ -230,7 +237,7 @@ def of_gradients(gradients: Path, valid_gradients: list[Path], count: int) -> tu
         [[x.sum(0, np.float64) / max(1, len(x)) for x in (t["sketch"][::2], t["sketch"][1::2])] for t in valid]
     )
     columns, wholes, firsts = [], [], []
-    for path in rollout.shard_paths(gradients, "gradients"):  # one at a time: a large pool's do not fit into memory
+    for path in rollout.shards(gradients, "gradients"):  # one at a time: a large pool's do not fit into memory
         tensors, _ = rollout.load(path, "gradients")
         sketch = tensors.pop("sketch").astype(np.float64)  # (n, k)
         wholes.append(sketch[np.isin(tensors["prompt_index"], tensors.pop("half_index"))])
@@ -379,18 +386,17 @@ def select(
     options, table, before = dict(locals()), out.with_suffix(".csv"), None
     clear = table not in (out, Path(data)) and not out.is_dir()
     require(clear, f"--out {out}: name a safetensors file beside which {table} may be written")
-    rows, asked = rollout.load_prompts(data, limit), asks_for(selector)
-    valid_gradients = valid_gradients if asked & OF_VALIDATION else []
-    scored = bool(asked & (OF_GRADIENTS | OF_VALIDATION))
-    inputs = dict.fromkeys(("trajectories", "gradients", "valid_gradients", "model", "previous")) | {
-        "data": rows.digest
-    }
-    if scored or asked & OF_TRAJECTORIES:
+    rows, files = rollout.load_prompts(data, limit), needs(selector)
+    valid_gradients = valid_gradients if files == VALIDATION else []
+    inputs = dict.fromkeys(("trajectories", "gradients", "valid_gradients", "model", "previous"))
+    inputs["data"] = rows.digest
+    if files >= TRAJECTORIES:
         require(trajectories is not None, f"{selector} needs --trajectories, which rollout.py wrote for {data}")
-        stored = records_of(trajectories, "trajectories", rows.digest)
-        inputs["trajectories"] = [record["identity"] for record in stored]
-    if scored:
-        enough = gradients and (valid_gradients or not asked & OF_VALIDATION)
+        inputs["trajectories"], recipe = identities(trajectories, "trajectories")
+        same = recipe["inputs"]["data"] == rows.digest
+        require(same, f"{trajectories} was made from other data than --data; run rollout.py again")
+    if files >= GRADIENTS:
+        enough = gradients and (valid_gradients or files < VALIDATION)
         require(bool(enough), f"{selector} needs --gradients and at least one --valid-gradients")
         inputs |= check_gradients(gradients, valid_gradients, inputs["trajectories"])
     if previous:
@@ -409,16 +415,10 @@ def select(
     rollout.barrier()
 
 
-def records_of(folder: Path, kind: str, data: str | None = None) -> list[dict]:
-    """Of the shards of a folder.
-
-    Raises:
-        BadInput: they were not made from the data with this digest.
-    """
-    records = [rollout.peek(path) for path in rollout.shard_paths(folder, kind)]
-    same = data in (None, records[0]["recipe"]["inputs"]["data"])
-    require(same, f"{folder} was made from other data than --data; run rollout.py again")
-    return records
+def identities(folder: Path, kind: str) -> tuple[list[str], dict]:
+    """Of the shards of a folder; and the first one's recipe."""
+    records = list(rollout.shards(folder, kind).values())
+    return [record["identity"] for record in records], records[0]["recipe"]
 
 
 def check_gradients(gradients: Path, valid_gradients: list[Path], trajectories: list[str]) -> dict:
@@ -427,21 +427,23 @@ def check_gradients(gradients: Path, valid_gradients: list[Path], trajectories: 
     Raises:
         BadInput: they are not those of the pool's trajectories (identities), or cannot be compared with each other.
     """
-    of_pool = records_of(gradients, "gradients")
-    same = [record["recipe"]["inputs"]["trajectories"] for record in of_pool] == trajectories
-    require(same, f"{gradients} was made from other trajectories than those given; run project.py again")
-    first, valid = of_pool[0]["recipe"], {}
+    made_from = [r["recipe"]["shard"]["trajectories"] for r in rollout.shards(gradients, "gradients").values()]
+    require(
+        made_from == trajectories,
+        f"{gradients} was made from other trajectories than those given; run project.py again",
+    )
+    (ids, recipe), valid = identities(gradients, "gradients"), {}
+    model, projection = recipe["inputs"]["model"], recipe["options"]
     for folder in valid_gradients:
-        records = records_of(folder, "gradients")
-        recipe = records[0]["recipe"]
-        model, projection = recipe["inputs"]["model"], recipe["options"] | {"halves": first["options"]["halves"]}
-        comparable = (model, projection) == (first["inputs"]["model"], first["options"])
+        name = folder.name.removeprefix("gradients-").removeprefix("valid-")
+        valid[name], recipe = identities(folder, "gradients")
+        comparable = (model, projection) == (
+            recipe["inputs"]["model"],
+            recipe["options"] | {"halves": projection["halves"]},
+        )
         wrong = f"{folder} was made with another model, or another projection, than {gradients}"
         require(comparable, f"{wrong}; run project.py again for both")
-        name = folder.name.removeprefix("gradients-").removeprefix("valid-")
-        valid[name] = [record["identity"] for record in records]
-    ids = [record["identity"] for record in of_pool]
-    return {"gradients": ids, "valid_gradients": valid, "model": first["inputs"]["model"]}
+    return {"gradients": ids, "valid_gradients": valid, "model": model}
 
 
 def choose(

@@ -50,7 +50,6 @@ import numpy as np
 import torch
 import typer
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
@@ -135,21 +134,24 @@ def collate(trajectories: Trajectories, pieces: Sequence[Piece], device: torch.d
     """Pad the pieces into a batch. A trajectory's advantage is that in its whole group, whatever the piece."""
     prompt_ids, prompt_mask = rollout.pad_left([trajectories.prompt(n) for n, _ in pieces], device)
     spans = [trajectories.span(n, k) for n, ks in pieces for k in ks]  # (P*K,)
+    length = torch.tensor([span.stop - span.start for span in spans])
+    mask = torch.arange(int(length.max())) < length[:, None]  # (P*K, C)
+    stored = np.concatenate([np.arange(span.start, span.stop) for span in spans])  # where the tokens of all stand
 
     def pad(values: Array) -> Tensor:
-        return pad_sequence([torch.from_numpy(values[span]) for span in spans], batch_first=True).to(device)  # (P*K, C)
+        tokens = torch.from_numpy(values[stored])
+        return torch.zeros(mask.shape, dtype=tokens.dtype).masked_scatter(mask, tokens).to(device)  # (P*K, C)
 
     advantages = group_advantages(torch.from_numpy(trajectories.rewards[[n for n, _ in pieces]]))  # (P, K of the group)
+    advantages = [row[ks.start : ks.stop] for row, (_, ks) in zip(advantages, pieces, strict=True)]
     return Batch(
         prompt_index=trajectories.prompt_index[[n for n, _ in pieces]].tolist(),
         prompt_ids=prompt_ids,
         prompt_mask=prompt_mask,
         completion_ids=pad(trajectories.tokens).long(),
-        mask=pad(np.ones_like(trajectories.behavior_logps)),
+        mask=mask.float().to(device),
         behavior_logps=pad(trajectories.behavior_logps),
-        advantages=torch.cat([row[ks.start : ks.stop] for row, (_, ks) in zip(advantages, pieces, strict=True)]).to(
-            device
-        ),
+        advantages=torch.cat(advantages).to(device),
     )
 
 
@@ -273,12 +275,12 @@ def grpo_step(
 
 def warn_of_collapse(log: list[dict], patience: int = 10) -> None:
     """Say once when nothing is left to learn from: an entropy near zero, or no live group for `patience` steps."""
-    step, live = log[-1]["step"], [line["live_prompts"] > 0 for line in log]
-    if len(log) >= patience and not any(live[-patience:]) and (len(log) == patience or live[-patience - 1]):
-        tqdm.write(f"step {step}: no live prompt for {patience} steps; there is nothing to learn from these prompts")
-    low = [line["entropy"] < LOW_ENTROPY for line in log if line["live_prompts"]]
-    if live[-1] and low[-1] and not any(low[:-1]):
-        tqdm.write(f"step {step}: entropy below {LOW_ENTROPY:g} nats per token; the policy has all but collapsed")
+    step = f"step {log[-1]['step']}"
+    dead = next((n for n, line in enumerate(reversed(log)) if line["live_prompts"]), len(log))  # steps in a row
+    if dead == patience:
+        tqdm.write(f"{step}: no live prompt for {patience} steps; there is nothing to learn from these prompts")
+    if [line for line in log if line["live_prompts"] and line["entropy"] < LOW_ENTROPY] == log[-1:]:  # the first one
+        tqdm.write(f"{step}: entropy below {LOW_ENTROPY:g} nats per token; the policy has all but collapsed")
 
 
 LOW_ENTROPY = 1e-3
@@ -344,8 +346,8 @@ def run_stage(out: Path, recipe: dict, o: SimpleNamespace, rows: rollout.Prompts
         with named(f"step {step}"):
             start, seed = time.perf_counter(), [o.seed, step]
             with autocast(policy, o.dtype):
-                trajectories = rollout.sample_prompts(
-                    engine, tokenizer, policy, rows, prompt_ids, picked, o, seed, allowed
+                trajectories = rollout.sample_trajectories(
+                    engine, tokenizer, rows, prompt_ids, picked, o, seed, policy=policy, allowed=allowed
                 )
             log.append({"step": step} | update(policy, initial, adamw, trajectories, o))
         log[-1]["seconds_rollout"] = time.perf_counter() - start - log[-1]["seconds_update"]

@@ -219,7 +219,7 @@ def read_run(path: Path) -> Finished:
     for name in report["evaluations"][0]["accuracy"]:
         folder = path / "rollouts" / f"test-{name}"
         require(folder.is_dir(), f"{folder} is gone, so what {path} was evaluated on is unknown; {again}")
-        made = rollout.peek(rollout.shard_paths(folder, "trajectories")[0])["recipe"]
+        made = next(iter(rollout.shards(folder, "trajectories").values()))["recipe"]
         tests[name] = {"data": made["inputs"]["data"], "options": made["options"] | {"seed": None}}
     return Finished(path, made_from.pop("--seed"), made_from, tests, report)
 

@@ -94,7 +94,7 @@ def compare(run: Path, folder: Path, stage: int, seed: int, fresh: int) -> dict:
     files = sample(folder, model, few, seed=20_000 + seed)
     chosen, _ = choose(folder / "refreshed", model, files, halves=0, seed=3)
     agreement["refreshed"] = agree(chosen)
-    shards = [rollout.load_trajectories(path)[0] for path in rollout.shard_paths(stored["train"], "trajectories")]
+    shards = [rollout.load_trajectories(path)[0] for path in rollout.shards(stored["train"], "trajectories")]
     live = np.concatenate([shard.prompt_index[shard.live()] for shard in shards])
     agreement["chance"] = float(np.mean([select.overlap(live, truth) for truth in truths]))
     agreement["reachable"] = float(np.mean([select.overlap(truth, live) for truth in truths]))

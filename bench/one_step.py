@@ -22,6 +22,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -71,7 +72,7 @@ def expected_reward(model, answers: Batch) -> float:
 
 def load_folder(folder: Path) -> list[rollout.Trajectories]:
     """The trajectories of a set, shard by shard."""
-    return [rollout.load_trajectories(path)[0] for path in rollout.shard_paths(folder, "trajectories")]
+    return [rollout.load_trajectories(path)[0] for path in rollout.shards(folder, "trajectories")]
 
 
 def gradient(model, trajectories: rollout.Trajectories, n: int) -> list[torch.Tensor]:
@@ -127,9 +128,9 @@ def study(run: Path, stage: int, count: int) -> dict:
         "p(1-p)": np.repeat((rate * (1 - rate))[:, None], len(VALID), 1),
     }
     rows = rollout.load_prompts(rollout.TOY / "train.jsonl")
-    engine, picked_rows = rollout.TransformersEngine(model, tokenizer), [rows[i] for i in prompts]
-    sampling = {"samples": FRESH, "max_tokens": 8, "temperature": 1.0, "seed": [12345, stage]}
-    fresh = rollout.sample_trajectories(engine, tokenizer, picked_rows, prompts, "exact", **sampling)
+    engine, encoded = rollout.TransformersEngine(model, tokenizer), rollout.encode_prompts(tokenizer, rows)
+    o = SimpleNamespace(samples=FRESH, max_tokens=8, temperature=1.0, reward="exact", reward_seconds=10.0)
+    fresh = rollout.sample_trajectories(engine, tokenizer, rows, encoded, prompts, o, [12345, stage])
     stored = load_folder(run / "rollouts" / "train")
     answers = {name: right_completions(model, tokenizer, path) for name, path in VALID.items()}
     before = {name: expected_reward(model, batch) for name, batch in answers.items()}

@@ -121,10 +121,10 @@ def plan(
     pool = count("train", run["pool"])
     sets = {kind: cropi.set_names(run[kind], f"{kind}-").items() for kind in ("valid", "test")}
     valid, test = (sum(count(f"{kind}-{name}", source) for name, source in sets[kind]) for kind in ("valid", "test"))
-    asked = select.asks_for(run["selector"])  # what it does not ask for is not made
-    scored_too = bool(asked & (select.OF_GRADIENTS | select.OF_VALIDATION))
-    offline = pool if scored_too or asked & select.OF_TRAJECTORIES else 0
-    valid = valid if asked & select.OF_VALIDATION else 0
+    files = select.needs(run["selector"])  # what it does not need is not made
+    scored_too = files >= select.GRADIENTS
+    offline = pool if files >= select.TRAJECTORIES else 0
+    valid = valid if files == select.VALIDATION else 0
     require(config is None or config.exists(), f"{config}: no such file")
     unknown = set(given) - {"train", *(f"{kind}-{name}" for kind in sets for name, _ in sets[kind])}
     require(not unknown, f"--prompts {', '.join(sorted(unknown))}: no such set in this run")

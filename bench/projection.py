@@ -308,7 +308,7 @@ print(projected - clock, selected - projected, own, peak)
 
 def scale(run: Path, counts: tuple[int, ...]) -> list[dict]:
     folder = run / "rollouts" / "train"
-    recipe = rollout.peek(rollout.shard_paths(folder, "trajectories")[0])["recipe"]
+    recipe = next(iter(rollout.shards(folder, "trajectories").values()))["recipe"]
     data, parts = rollout.load_prompts(rollout.TOY / "train.jsonl"), load_folder(folder)
     live = rollout.Trajectories(**select.join([part.take(part.live()).tensors() for part in parts]))
     rows = []
@@ -319,10 +319,11 @@ def scale(run: Path, counts: tuple[int, ...]) -> list[dict]:
             lines = [json.dumps(data[i]) for i in live.prompt_index[places]]
             (files / "d.jsonl").write_text("\n".join(lines) + "\n")
             made = recipe | {"inputs": recipe["inputs"] | {"data": rollout.load_prompts(files / "d.jsonl").digest}}
-            for path, part, shard in rollout.missing_shards(files / "t", made, count, 512):
+            for path, shard in rollout.unmade(files / "t", rollout.shard_recipes(made, count, 512)).items():
+                part = np.arange(shard["shard"]["first"], shard["shard"]["last"] + 1)
                 laps = np.split(places[part], np.flatnonzero(np.diff(places[part]) < 0) + 1)
                 table = rollout.Trajectories(**select.join([live.take(lap).tensors() for lap in laps]))
-                table.prompt_index = np.array(part, np.int32)
+                table.prompt_index = part.astype(np.int32)
                 facts = rollout.facts(0.0, trajectories=table.rewards.size, live=len(part))
                 rollout.save(path, table.tensors(), shard, facts)
             command = [sys.executable, "-c", CHILD, str(ROOT), str(files)]

@@ -46,7 +46,7 @@ def repeated_logps(model, batch: Batch, temperature: float) -> torch.Tensor:
 def plain(model, trajectories: Path, layout: str, batch_tokens: int) -> None:
     """Forward + backward of all live trajectories, parameter gradients summed over everything."""
     model.zero_grad()
-    for path in rollout.shard_paths(trajectories, "trajectories"):
+    for path in rollout.shards(trajectories, "trajectories"):
         stored, _ = rollout.load_trajectories(path)
         for pieces in micro_batches(stored, stored.live(), batch_tokens):
             batch = collate(stored, pieces, model.device)
@@ -73,7 +73,7 @@ def scoring(rounds: int) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         trajectories, numbers = Path(folder) / "train", itertools.count()
         rollout.rollout(out=trajectories)
-        shards = rollout.shard_paths(trajectories, "trajectories")
+        shards = rollout.shards(trajectories, "trajectories")
         live = sum(rollout.peek(path)["facts"]["live"] for path in shards)
         model, _ = rollout.load_model(rollout.TOY / "model")
 

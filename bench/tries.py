@@ -51,17 +51,18 @@ def join(groups: list[Group], empty: Trajectories) -> Trajectories:
 
 def save_shard(path: Path, made: Trajectories, recipe: dict, clock: float) -> None:
     """They were sampled before, and paid for then: only the seconds since `clock` are new."""
-    about = {"trajectories": 0, "tokens": 0, "reward": 0.0, "truncated": 0.0, "live": len(made.live())}
+    about = {"trajectories": 0, "tokens": 0, "rewards": 0.0, "truncated": 0.0, "live": len(made.live())}
     rollout.save(path, made.tensors(), recipe, rollout.facts(time.perf_counter() - clock, **about))
 
 
 def rewrite(source: Path, out: Path, change: Callable[[Trajectories], Trajectories], variant: dict, **inputs) -> None:
     """A folder of trajectories from another one, shard by shard. `variant` and `inputs` are what `change` depends on
     beside them."""
-    for path in rollout.shard_paths(source, "trajectories"):
+    for path in rollout.shards(source, "trajectories"):
         clock, made = time.perf_counter(), rollout.peek(path)
         recipe = made["recipe"] | {"code": made["recipe"]["code"] | CODE}
-        recipe["inputs"] = recipe["inputs"] | {"trajectories": made["identity"], **inputs}
+        recipe["inputs"] = recipe["inputs"] | inputs
+        recipe["shard"] = recipe["shard"] | {"trajectories": made["identity"]}
         recipe["options"] = recipe["options"] | variant
         if not rollout.is_made(out / path.name, recipe):
             save_shard(out / path.name, change(rollout.load_trajectories(path)[0]), recipe, clock)
@@ -73,7 +74,7 @@ def rewrite(source: Path, out: Path, change: Callable[[Trajectories], Trajectori
 
 def stored_folders(run: cropi.Run) -> dict[str, Path]:
     """β's trajectories: what cropi.py scores every stage with."""
-    return {name: run.out / "rollouts" / name for name in run.stored()}
+    return {name: run.out / "rollouts" / name for name in run.sets(cropi.select.TRAJECTORIES)}
 
 
 def thinned(run: cropi.Run, s: int, keep: np.ndarray, variant: dict) -> dict[str, Path]:
@@ -87,7 +88,7 @@ def thinned(run: cropi.Run, s: int, keep: np.ndarray, variant: dict) -> dict[str
 def screened(run: cropi.Run, s: int, policy: Path, seed: int) -> dict[str, Path]:
     """The half of the live prompts whose pass rate is nearest to 1/2."""
     off = {}  # live prompt -> how far its pass rate is from 1/2
-    for path in rollout.shard_paths(stored_folders(run)["train"], "trajectories"):
+    for path in rollout.shards(stored_folders(run)["train"], "trajectories"):
         pool, _ = rollout.load_trajectories(path)
         rates = np.abs(pool.rewards.mean(1) - 0.5)
         off |= {int(pool.prompt_index[n]): rates[n] for n in pool.live()}
@@ -105,7 +106,7 @@ def random_half(run: cropi.Run, s: int, policy: Path, seed: int) -> dict[str, Pa
 def fresh_validation(run: cropi.Run, s: int, policy: Path, seed: int) -> dict[str, Path]:
     """The validation sets sampled anew before every stage but the first, the pool never."""
     folders = stored_folders(run)
-    for name, (use, source) in run.stored().items():
+    for name, (use, source) in run.sets(cropi.select.TRAJECTORIES).items():
         if s > 1 and name != "train":
             folders[name] = run.stage(s) / "rollouts" / name
             cropi.call("rollout", model=policy, data=source, out=folders[name], seed=seed, **run.settings[use])
@@ -120,7 +121,7 @@ def own_trajectories(run: cropi.Run, s: int, policy: Path, seed: int) -> dict[st
     latest: dict[int, Group] = {}
     identities = []
     for before in range(1, s):
-        for path in rollout.shard_paths(run.stage(before) / "trained", "trajectories"):  # step after step
+        for path in rollout.shards(run.stage(before) / "trained", "trajectories"):  # step after step
             trained, record = rollout.load_trajectories(path)
             latest |= {int(i): (trained, n) for n, i in enumerate(trained.prompt_index)}
             identities.append(record["identity"])
@@ -193,10 +194,10 @@ def keep_trajectories(folder: Path, run: cropi.Run, policy: Path, selection: Pat
     inputs = {"model": rollout.model_identity(policy), "data": rollout.load_prompts(run.pool).digest}
     inputs["selection"] = rollout.peek(selection)["identity"]
 
-    def sampled(*given, **sampling) -> Trajectories:
-        clock, (seed, step) = time.perf_counter(), sampling["seed"]
-        made = sample(*given, **sampling)
-        used = {name: sampling[name] for name in ("samples", "max_tokens", "temperature")} | {"seed": seed}
+    def sampled(*given, **checks) -> Trajectories:
+        clock, (o, (seed, step)) = time.perf_counter(), given[-2:]
+        made = sample(*given, **checks)
+        used = {name: getattr(o, name) for name in ("samples", "max_tokens", "temperature")} | {"seed": seed}
         recipe = rollout.make_recipe("trajectories", cropi.CODE | CODE, options | used, **inputs)
         recipe["shard"] = {"number": step, "of": options["steps"]}
         path = folder / f"{step:05d}.safetensors"

@@ -4,6 +4,7 @@ import copy
 import sys
 from collections.abc import Iterable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -44,14 +45,18 @@ def engines_end():
 TEMPERATURE = 1.3
 
 
+def sample(engine, tokenizer, rows, picked, seed, **options) -> Trajectories:
+    """`sample_trajectories` for some rows, with the reward `exact`."""
+    options = {"temperature": TEMPERATURE, "reward": "exact", "reward_seconds": 10.0} | options
+    prompts = rollout.encode_prompts(tokenizer, rows)
+    return sample_trajectories(engine, tokenizer, rows, prompts, picked, SimpleNamespace(**options), seed)
+
+
 @pytest.fixture(scope="session")
 def ragged(toy):
     """Trajectories of 40 prompts x 6: prompts and completions of many lengths, some cut off at 5 tokens."""
     rows = load_prompts(TOY / "train.jsonl")[:40]
-    engine = TransformersEngine(*toy)
-    trajectories = sample_trajectories(
-        engine, toy[1], rows, range(40), samples=6, max_tokens=5, temperature=TEMPERATURE, reward="exact", seed=[3]
-    )
+    trajectories = sample(TransformersEngine(*toy), toy[1], rows, range(40), [3], samples=6, max_tokens=5)
     assert 0 < trajectories.truncated.mean() < 1
     assert len(set(trajectories.prompt_length.tolist())) > 1
     assert len(set(trajectories.length.flatten().tolist())) > 1
@@ -86,7 +91,7 @@ def sequence(trajectories: Trajectories, n: int, k: int) -> tuple[torch.Tensor, 
 
 def load_folder(folder: Path, kind: str) -> dict[str, np.ndarray]:
     """The tensors of a folder of shards, one shard after the other."""
-    shards = [rollout.load(path, kind)[0] for path in rollout.shard_paths(folder, kind)]
+    shards = [rollout.load(path, kind)[0] for path in rollout.shards(folder, kind)]
     return {name: np.concatenate([shard[name] for shard in shards]) for name in shards[0]}
 
 

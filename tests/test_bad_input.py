@@ -202,7 +202,7 @@ def test_a_run_folder_of_an_earlier_format(refused, world, tmp_path, left):
     if left == "stage-00":
         (run / "run.json").unlink()
     sets = ("--train", world / "train.jsonl", "--valid", world / "valid-rev.jsonl", "--test", world / "test-rev.jsonl")
-    refused("cropi", "run", *sets, "--out", run, says=f"{run} was made by an earlier version of these scripts")
+    refused("cropi", "run", *sets, "--out", run, says=f"{run} holds something else than a run of this version")
 
 
 def test_models(refused, world, tmp_path):

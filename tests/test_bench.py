@@ -265,7 +265,7 @@ def test_groups_of_two_tables_become_one(small_world):
     places = []
     for seed in (0, 1):
         rollout.rollout(out=small_world / f"{seed}", data=str(small_world / "train.jsonl"), seed=seed, samples=3)
-        shards = rollout.shard_paths(small_world / f"{seed}", "trajectories")
+        shards = rollout.shards(small_world / f"{seed}", "trajectories")
         tables = [rollout.load_trajectories(path)[0] for path in shards]
         places.append({int(i): (table, n) for table in tables for n, i in enumerate(table.prompt_index)})
     groups = [places[1][7], places[0][2], places[0][59]]
@@ -311,13 +311,13 @@ def test_every_try_scores_what_it_says(small_world, name):
     for stage, folder, prompts in zip(stages, scored, live[1:], strict=True):
         gradients = load_folder(stage / "gradients-train", "gradients")
         assert set(gradients["prompt_index"].tolist()) == prompts
-        made_of = [rollout.peek(path)["recipe"]["inputs"] for path in sorted((stage / "gradients-train").iterdir())]
-        assert [inputs["trajectories"] for inputs in made_of] == list(identities(folder, "*.safetensors").values())
+        made_of = [rollout.peek(path)["recipe"]["shard"] for path in sorted((stage / "gradients-train").iterdir())]
+        assert [shard["trajectories"] for shard in made_of] == list(identities(folder, "*.safetensors").values())
     valid = [stage / "rollouts" / "valid-rev" for stage in stages]
     assert [folder.exists() for folder in valid] == [False, name == "fresh-validation"]
     used = valid[1] if name == "fresh-validation" else out / "rollouts" / "valid-rev"
-    inputs = rollout.peek(stages[1] / "gradients-valid-rev" / "00000.safetensors")["recipe"]["inputs"]
-    assert inputs["trajectories"] == rollout.peek(used / "00000.safetensors")["identity"]
+    shard = rollout.peek(stages[1] / "gradients-valid-rev" / "00000.safetensors")["recipe"]["shard"]
+    assert shard["trajectories"] == rollout.peek(used / "00000.safetensors")["identity"]
 
     evaluations = json.loads((out / "report.json").read_text())["evaluations"]
     offline = [evaluation.get("trajectories_offline") for evaluation in evaluations]
@@ -357,10 +357,10 @@ def test_own_trajectories_survive_a_kill(small_world, monkeypatch):
     follow(small_world, small_world / "whole", "own-trajectories", *settings)
     sample = rollout.sample_trajectories
 
-    def killed(*given, **sampling):
-        if sampling["seed"] == [0, 3]:  # the last step of the first stage
+    def killed(*given, **checks):
+        if given[-1] == [0, 3]:  # the seed of the last step of the first stage
             raise KeyboardInterrupt
-        return sample(*given, **sampling)
+        return sample(*given, **checks)
 
     monkeypatch.setattr(rollout, "sample_trajectories", killed)
     with pytest.raises(KeyboardInterrupt):

@@ -11,7 +11,7 @@ import weakref
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TEMPERATURE, TOY, load_all, load_folder, save_descendant, save_selection, sequence
+from conftest import ROOT, TEMPERATURE, TOY, load_all, load_folder, sample, save_descendant, save_selection, sequence
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
@@ -241,9 +241,8 @@ def test_completions_of_a_single_token(moved, toy):
     """Then there is no second pass through the cache."""
     rows = rollout.load_prompts(rollout.TOY / "train.jsonl")
     live = [i for i, row in enumerate(rows) if row["family"] == "rnd"][:6]  # answers of one digit
-    sampling = {"samples": 16, "max_tokens": 1, "temperature": TEMPERATURE, "seed": [0]}
     engine = rollout.TransformersEngine(*toy)
-    trajectories = rollout.sample_trajectories(engine, toy[1], [rows[i] for i in live], live, "exact", **sampling)
+    trajectories = sample(engine, toy[1], rows, live, [0], samples=16, max_tokens=1)
     assert set(trajectories.length.flatten().tolist()) == {1}
     groups = live_pieces(trajectories)
     assert groups

@@ -88,7 +88,7 @@ def test_the_number_of_processes_changes_nothing(home):
         done = run(home, command(home, *words, "--out", f"run-{processes}", processes=processes))
         assert done.returncode == 0, done.stderr
         results[processes] = kill.result(home / f"run-{processes}")
-        paths = rollout.shard_paths(home / f"run-{processes}/stage-02/gradients-train", "gradients")
+        paths = rollout.shards(home / f"run-{processes}/stage-02/gradients-train", "gradients")
         assert len(paths) == 12 and {rollout.peek(path)["facts"]["processes"] for path in paths} == {processes}
         assert done.stdout.count("stage 2 of 2: 18 chosen") == 1  # said by one of them
     assert len(results[1]) > 100

@@ -6,11 +6,11 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from conftest import TEMPERATURE, every, load_all, load_folder, sequence
+from conftest import TEMPERATURE, every, load_all, load_folder, sample, sequence
 from safetensors.numpy import load_file
 
 import rollout
-from rollout import TOY, BadInput, TransformersEngine, load_prompts, load_trajectories, sample_trajectories
+from rollout import TOY, BadInput, TransformersEngine, load_prompts, load_trajectories
 
 
 def test_logps_are_those_of_transformers_logits(toy, ragged):
@@ -73,17 +73,8 @@ def test_some_prompts_of_a_table_are_a_table(ragged):
 def test_batching_and_order_change_nothing(toy, ragged, batch_tokens, reverse):
     indices = list(range(40))[:: -1 if reverse else 1]
     rows = load_prompts(TOY / "train.jsonl")
-    again = sample_trajectories(
-        TransformersEngine(*toy, batch_tokens=batch_tokens),
-        toy[1],
-        [rows[i] for i in indices],
-        indices,
-        samples=6,
-        max_tokens=5,
-        temperature=TEMPERATURE,
-        reward="exact",
-        seed=[3],
-    )
+    engine = TransformersEngine(*toy, batch_tokens=batch_tokens)
+    again = sample(engine, toy[1], rows, indices, [3], samples=6, max_tokens=5)
     assert again.prompt_index.tolist() == indices
     for place, i in enumerate(indices):
         for k in range(6):
@@ -164,7 +155,7 @@ def test_files_hold_what_the_head_says(small_world):
         assert record == rollout.peek(path)
         facts, first = record["facts"], plain["prompt_index"][0]
         assert facts["trajectories"] == 3 * count and facts["tokens"] == len(plain["tokens"])
-        assert facts["reward"] == plain["rewards"].sum() and facts["truncated"] == plain["truncated"].sum()
+        assert facts["rewards"] == plain["rewards"].sum() and facts["truncated"] == plain["truncated"].sum()
         assert facts["live"] == sum(0 < n < 3 for n in plain["rewards"].sum(1))
         assert facts["seconds"] > 0 and facts["versions"]["torch"] == torch.__version__
         expected = {"number": first // 16, "of": 4, "first": first, "last": first + count - 1, "count": 60}

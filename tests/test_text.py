@@ -106,7 +106,7 @@ def test_a_run_passes_through_every_stage(world, tmp_path, engine):
 def test_math_reward_from_gsm8k_answers(world, tmp_path):
     data = str(world / "train.parquet")
     rollout.rollout(tmp_path / "r", model=world / "model", data=data, samples=2, reward="math", limit=10)
-    rewards, (path,) = load_all(tmp_path / "r").rewards, rollout.shard_paths(tmp_path / "r", "trajectories")
+    rewards, (path,) = load_all(tmp_path / "r").rewards, rollout.shards(tmp_path / "r", "trajectories")
     assert rewards.shape == (10, 2) and set(rewards.flatten().tolist()) <= {0.0, 1.0}
     recipe = rollout.peek(path)["recipe"]
     assert recipe["shard"]["count"] == 10
@@ -181,7 +181,7 @@ def test_long_prompts_are_dropped_and_counted(world, tmp_path, capsys):
     (tmp_path / "d.json").write_text(json.dumps(rows))
     options = {"model": world / "model", "data": str(tmp_path / "d.json"), "samples": 2}
     rollout.rollout(tmp_path / "r", **options)
-    (path,) = rollout.shard_paths(tmp_path / "r", "trajectories")
+    (path,) = rollout.shards(tmp_path / "r", "trajectories")
     assert load_all(tmp_path / "r").prompt_index.tolist() == [0, 2]
     assert rollout.peek(path)["recipe"]["shard"]["count"] == 3 and rollout.peek(path)["facts"]["trajectories"] == 4
     said = capsys.readouterr().out

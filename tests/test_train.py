@@ -8,7 +8,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import TEMPERATURE, save_selection, sequence
+from conftest import TEMPERATURE, sample, save_selection, sequence
 from transformers import AutoModelForCausalLM
 
 import rollout
@@ -214,17 +214,8 @@ def test_a_stage_writes_a_checkpoint_that_goes_on_exactly(tmp_path):
         if step == 0:
             random = np.random.default_rng(0)
         picked = random.choice(np.array(chosen), 24, replace=False)
-        sampled = rollout.sample_trajectories(
-            rollout.TransformersEngine(model, tokenizer),
-            tokenizer,
-            [rows[i] for i in picked],
-            picked,
-            samples=8,
-            max_tokens=8,
-            temperature=1.0,
-            reward="exact",
-            seed=[0, step],
-        )
+        engine, options = rollout.TransformersEngine(model, tokenizer), {"samples": 8, "max_tokens": 8}
+        sampled = sample(engine, tokenizer, rows, picked, [0, step], temperature=1.0, **options)
         adamw.zero_grad()
         grpo_step(model, None, sampled, temperature=1.0, clip=0.2, kl=0.0, entropy=0.001, batch_tokens=16384)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -249,13 +240,13 @@ def test_a_checkpoint_goes_on_where_it_was_saved(tmp_path, monkeypatch):
     save_selection(tmp_path / "s", TOY / "train.jsonl", range(32))
     options = {"selection": tmp_path / "s", "steps": 4, "batch_prompts": 16, "lr": 1e-3}
     unbroken = trained(out=tmp_path / "a", **options)
-    sample, steps = rollout.sample_trajectories, []
+    unpatched, steps = rollout.sample_trajectories, []
 
-    def breaking(*arguments, **options):
-        steps.append(options["seed"][-1])
+    def breaking(*arguments, **checks):
+        steps.append(arguments[-1][-1])  # the seed is (--seed, step)
         if steps == [0, 1, 2, 3]:
             raise KeyboardInterrupt
-        return sample(*arguments, **options)
+        return unpatched(*arguments, **checks)
 
     monkeypatch.setattr(rollout, "sample_trajectories", breaking)
     with pytest.raises(KeyboardInterrupt):

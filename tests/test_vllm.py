@@ -7,13 +7,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import TEMPERATURE, save_selection
+from conftest import TEMPERATURE, sample, save_selection
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import cropi
 import rollout
 import train
-from rollout import TOY, BadInput, VllmEngine, load_prompts, open_engine, sample_trajectories
+from rollout import TOY, BadInput, VllmEngine, load_prompts, open_engine
 from train import collate, completion_logps, micro_batches
 
 pytestmark = pytest.mark.vllm
@@ -83,10 +83,9 @@ def largest_difference(model, trajectories, temperature: float) -> float:
     return found
 
 
-def sample(engine, model, tokenizer, prompts: int = 40):
+def sample_toy(engine, tokenizer, prompts: int = 40):
     rows = load_prompts(TOY / "train.jsonl")[:prompts]
-    sampling = {"samples": 4, "max_tokens": 5, "temperature": TEMPERATURE, "seed": [0]}
-    return sample_trajectories(engine, tokenizer, rows, range(prompts), "exact", **sampling)
+    return sample(engine, tokenizer, rows, range(prompts), [0], samples=4, max_tokens=5)
 
 
 def test_log_probs_are_those_of_transformers(wide, wide_toy):
@@ -96,7 +95,7 @@ def test_log_probs_are_those_of_transformers(wide, wide_toy):
         for parameter in moved.parameters():
             parameter.mul_(1.05)
     engine = open_engine(options(wide), model, tokenizer)
-    trajectories = sample(engine, model, tokenizer)
+    trajectories = sample_toy(engine, tokenizer)
     assert 0 < trajectories.truncated.mean() < 1
     ends = trajectories.tokens[trajectories.offsets[1:] - 1] == tokenizer.eos_token_id
     np.testing.assert_array_equal(ends, trajectories.truncated.flatten() == 0)
@@ -106,10 +105,10 @@ def test_log_probs_are_those_of_transformers(wide, wide_toy):
         engine.check(moved, trajectories, TEMPERATURE)
 
     engine.sync(moved)
-    trajectories = sample(engine, moved, tokenizer)
+    trajectories = sample_toy(engine, tokenizer)
     assert largest_difference(moved, trajectories, TEMPERATURE) < 1e-4
     assert open_engine(options(wide), model, tokenizer) is engine  # started once, weights anew
-    assert largest_difference(model, sample(engine, model, tokenizer), TEMPERATURE) < 1e-4
+    assert largest_difference(model, sample_toy(engine, tokenizer), TEMPERATURE) < 1e-4
 
 
 def test_it_samples_from_the_policy(wide, wide_toy):
@@ -177,7 +176,7 @@ def test_bfloat16_stays_within_its_tolerance(wide):
     """Last, since it starts an engine of its own."""
     model, tokenizer = rollout.load_model(wide, torch.bfloat16)
     engine = open_engine(options(wide, "bfloat16"), model, tokenizer)
-    trajectories = sample(engine, model, tokenizer)
+    trajectories = sample_toy(engine, tokenizer)
     engine.check(model, trajectories, TEMPERATURE)
     found = largest_difference(model, trajectories, TEMPERATURE)
     assert 1e-4 < found < 0.5, found

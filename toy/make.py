@@ -181,9 +181,7 @@ def print_pass_rates() -> None:
     rows = rollout.load_prompts(HERE / "train.jsonl")
     with tempfile.TemporaryDirectory() as folder:
         rollout.rollout(out=Path(folder) / "train", model=HERE / "model", data=str(HERE / "train.jsonl"))
-        shards = [
-            rollout.load_trajectories(path)[0] for path in rollout.shard_paths(Path(folder) / "train", "trajectories")
-        ]
+        shards = [rollout.load_trajectories(path)[0] for path in rollout.shards(Path(folder) / "train", "trajectories")]
     rewards = np.concatenate([shard.rewards for shard in shards])  # (N, K), prompt by prompt: none is dropped
     for family in FAMILIES:
         some = rewards[[row["family"] == family for row in rows]]
