@@ -40,7 +40,7 @@ import re
 import shlex
 import socket
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -195,11 +195,6 @@ def is_there(out: Path) -> bool:
 # The report: computed from the files alone
 
 
-def total(folders: Iterable[Path]) -> Counter:
-    """Sums of seconds and counts over the shards of the folders."""
-    return sum(map(rollout.totals, folders), Counter())
-
-
 def report_stage(run: Run, s: int, steps: int) -> dict:
     """Costs and results of stage s (0: before training), which begins after `steps` steps. Seconds are the work of all
     processes, added up."""
@@ -209,13 +204,13 @@ def report_stage(run: Run, s: int, steps: int) -> dict:
     entry = {"stage": s, "steps": steps, "accuracy": accuracy}
     entry["seconds_evaluation"] = sum(sums["seconds"] for sums in tests.values())
     if (fresh := stage / "rollouts" if s else stage).is_dir():
-        sums = total(fresh / name for name in run.sets(select.TRAJECTORIES))
+        sums = rollout.totals(*(fresh / name for name in run.sets(select.TRAJECTORIES)))
         entry |= {"seconds_rollout": sums["seconds"], "trajectories_offline": sums["trajectories"]}
     if not s:
         return entry
     trained, selection = rollout.peek(stage / "model")["facts"], stage / "selection.safetensors"
     choice = rollout.peek(selection)["facts"] if selection.exists() else {"seconds": 0.0, "diagnostics": {}}
-    scored = total(stage / f"gradients-{name}" for name in run.sets(select.GRADIENTS) if selection.exists())
+    scored = rollout.totals(*(stage / f"gradients-{name}" for name in run.sets(select.GRADIENTS)))
     return entry | {
         "steps": steps + len(trained["log"]),
         "chosen": len(chosen_prompts(run, s)),

@@ -410,7 +410,7 @@ def project(
             groups, record = rollout.load_trajectories(trajectories / path.name)
             groups, temperature = groups.take(groups.live()), record["recipe"]["options"]["temperature"]
             halved = np.isin(groups.prompt_index, chosen) & (groups.samples % 2 == 0)  # an odd K has no halves
-            with train.named(str(path)):
+            with train.named(str(trajectories / path.name)):
                 tensors = project_groups(sketcher, groups, halved, temperature, batch_tokens)
             seconds, clock = time.perf_counter() - clock, time.perf_counter()
             rollout.save(path, tensors, made_from, rollout.facts(seconds))

@@ -1257,10 +1257,12 @@ def shards(folder: Path, kind: str) -> dict[Path, dict]:
     return records
 
 
-def totals(folder: Path) -> Counter:
-    """Sums of the numbers among the facts of a folder's shards: seconds, and the counts of trajectories."""
-    facts = [peek(path)["facts"] for path in folder.glob("[0-9]*.safetensors")]
-    return Counter({name: sum(f[name] for f in facts) for name, x in facts[0].items() if isinstance(x, int | float)})
+def totals(*folders: Path) -> Counter:
+    """Sums of the numbers among the facts of all shards: seconds, and the counts of trajectories."""
+    sums = Counter()
+    for path in [path for folder in folders for path in folder.glob("[0-9]*.safetensors")]:
+        sums.update({name: x for name, x in peek(path)["facts"].items() if isinstance(x, int | float)})
+    return sums
 
 
 def check_out(out: Path) -> None:
