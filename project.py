@@ -85,7 +85,7 @@ from transformers import PreTrainedModel
 import rollout
 import train
 from rollout import TOY, Array, Count, Dtype, Given, Natural, Share, Trajectories, require
-from train import Batch, collate, completion_logps, k3_kl, micro_batches, sequence_mean
+from train import Batch, collate, completion_logps, k3_kl, micro_batches
 
 CODE = train.CODE | {"project": rollout.code_digest(__file__)}
 app = typer.Typer(**rollout.PLAIN)
@@ -95,31 +95,32 @@ RATIOS = ("token", "none", "prefix", "sequence")
 # The objective
 
 
-def importance_weights(logps: Tensor, behavior_logps: Tensor, ratio: str, cap: float | None = None) -> Tensor:
-    """w_kt of equation 2, without a gradient: (B, C) log-probs, 0 at padding -> (B, C).
+def importance_weights(
+    logps: Tensor, behavior_logps: Tensor, length: list[int], ratio: str, cap: float | None = None
+) -> Tensor:
+    """w_kt of equation 2, without a gradient: (T,) log-probs of trajectories of these lengths -> (T,).
 
-    >>> pi, beta = torch.tensor([[0.5, 0.5, 0.3]]).log(), torch.tensor([[0.25, 0.5, 0.6]]).log()  # ρ = 2, 1, 1/2
-    >>> torch.cat([importance_weights(pi, beta, ratio) for ratio in ("none", "token", "prefix", "sequence")])
+    >>> pi, beta = torch.tensor([0.5, 0.5, 0.3]).log(), torch.tensor([0.25, 0.5, 0.6]).log()  # ρ = 2, 1, 1/2
+    >>> torch.stack([importance_weights(pi, beta, [3], ratio) for ratio in ("none", "token", "prefix", "sequence")])
     tensor([[1.0000, 1.0000, 1.0000],
             [2.0000, 1.0000, 0.5000],
             [2.0000, 2.0000, 1.0000],
             [1.0000, 1.0000, 1.0000]])
     """
-    log_ratio = (logps - behavior_logps).detach()
-    log_weight = {
+    over_time = {  # of the log ρ of one trajectory
         "none": torch.zeros_like,
         "token": lambda x: x,
-        "prefix": lambda x: x.cumsum(1),
-        "sequence": lambda x: x.sum(1, keepdim=True).expand_as(x),
-    }[ratio](log_ratio)
-    return log_weight.exp() if cap is None else log_weight.exp().clamp(max=cap)
+        "prefix": lambda x: x.cumsum(0),
+        "sequence": lambda x: x.sum().expand_as(x),
+    }[ratio]
+    weights = torch.cat([over_time(x) for x in (logps - behavior_logps).detach().split(length)]).exp()
+    return weights if cap is None else weights.clamp(max=cap)
 
 
 def off_policy_objective(logps: Tensor, batch: Batch, ratio: str, cap: float | None = None) -> Tensor:
-    """What ĝ (2) is the gradient of, for each prompt: (P*K, C) -> (P,). Its value means nothing."""
-    weights = importance_weights(logps, batch.behavior_logps, ratio, cap)
-    value = weights * batch.advantages[:, None] * logps
-    return sequence_mean(value, batch.mask).view(len(batch.prompt_ids), -1).mean(1)  # (P*K,) -> (P, K) -> (P,)
+    """The sum over the batch of what ĝ (2) is the gradient of. Its value means nothing."""
+    weights = importance_weights(logps, batch.behavior_logps, batch.length, ratio, cap)
+    return (batch.weight * weights * batch.advantages * logps).sum()
 
 
 def staleness(log_ratio: Array, length: Array) -> dict[str, Array]:
@@ -245,7 +246,7 @@ class GradientSketcher:
         # Per-prompt weight gradients are made here, some prompts at a time; fresh memory each time takes longer.
         largest = max(weight.numel() for weight in self.weights.values())
         self.workspace = torch.empty(max(largest, self.MATRIX_ELEMENTS), device=model.device, dtype=model.dtype)
-        # weight or bias -> (the layer's input, output gradient δ) of each call; a prompt and its completions are two
+        # weight or bias -> (the layer's input, output gradient δ) of each call; a tied weight has two
         self.caught: dict[str, list[tuple[Tensor, Tensor]]] = {}
         self.hooks = [
             module.register_forward_hook(self._catch([names[id(p)] for p in module.parameters()])) for module in layers
@@ -272,17 +273,15 @@ class GradientSketcher:
         return forward_hook
 
     def sketch(self, batch: Batch, temperature: float) -> tuple[Tensor, Tensor]:
-        """g̃(x;θ) of the batch's P prompts, (P, k) float32, and log π_θ of its tokens, (P*K, C)."""
-        prompts = len(batch.prompt_ids)
+        """g̃(x;θ) of the batch's P pieces, (P, k) float32, and log π_θ of its tokens, (T,)."""
+        prompts = len(batch.ids)
         _, logps = completion_logps(self.model, batch, temperature)
         # A sum over prompts: they do not meet in the network, so δ of each stays its own.
-        off_policy_objective(logps, batch, self.ratio, self.cap).sum().backward()
+        off_policy_objective(logps, batch, self.ratio, self.cap).backward()
         sketch = torch.zeros(prompts, self.projection.k, device=logps.device)
         for name, calls in self.caught.items():
-            # (P, L, .) of the prompt and (P*K, C-1, .) of the completions -> (P, T, .) with T = L or K(C-1)
-            layout = all(delta.ndim == 3 and len(delta) in (prompts, len(batch.mask)) for _, delta in calls)
+            layout = all(delta.ndim == 3 and len(delta) == prompts for _, delta in calls)  # (P, W, .)
             require(layout, f"{name} does not see its tokens prompt by prompt; this kind of model is not covered")
-            calls = [[x.reshape(prompts, -1, *x.shape[2:]) for x in call] for call in calls]
             step = max(1, self.MATRIX_ELEMENTS // self.weights[name].numel())
             for start in range(0, prompts, step):
                 some = slice(start, start + step)
@@ -321,7 +320,7 @@ def project_groups(
 ) -> dict[str, Array]:
     """The tensors of a shard for N live groups, of which `halved` (N,) bool are sketched half by half.
 
-    A gradient is the mean over the pieces of its group, each weighted by its number of trajectories.
+    A gradient is the sum over the pieces of its group, whose tokens weigh 1/K each way (`Batch.weight`).
 
     Raises:
         BadInput: NaN or infinity, naming the prompts.
@@ -329,17 +328,16 @@ def project_groups(
     device, k, samples = sketcher.model.device, sketcher.projection.k, groups.samples
     sketch, first_half = (torch.zeros(len(halved), k, device=device) for _ in range(2))
     log_ratio = np.zeros(len(groups.tokens), np.float32)
-    for parts, prompts in ((2, np.flatnonzero(halved)), (1, np.flatnonzero(~halved))):
-        for pieces in micro_batches(groups, prompts, batch_tokens, parts=parts):
-            batch = collate(groups, pieces, device)
-            sketches, logps = sketcher.sketch(batch, temperature)  # (P, k), (P*K, C)
-            change = (logps - batch.behavior_logps)[batch.mask > 0].cpu().numpy()  # token after token, as stored
-            for (n, ks), piece in zip(pieces, sketches, strict=True):
-                sketch[n] += piece * (len(ks) / samples)
-                if ks.stop <= samples // parts < samples:
-                    first_half[n] += piece * (len(ks) / (samples // parts))
-                span = slice(groups.span(n, ks.start).start, groups.span(n, ks.stop - 1).stop)
-                log_ratio[span], change = np.split(change, [span.stop - span.start])
+    for pieces in micro_batches(groups, range(len(halved)), batch_tokens, halved):
+        batch = collate(groups, pieces, device)
+        sketches, logps = sketcher.sketch(batch, temperature)  # (P, k), (T,)
+        change = (logps - batch.behavior_logps).cpu().numpy()  # token after token, as stored
+        for (n, ks), piece in zip(pieces, sketches, strict=True):
+            sketch[n] += piece
+            if halved[n] and ks.stop <= samples // 2:
+                first_half[n] += 2 * piece  # the mean over K/2
+            span = slice(groups.span(n, ks.start).start, groups.span(n, ks.stop - 1).stop)
+            log_ratio[span], change = np.split(change, [span.stop - span.start])
     norm = sketch.norm(dim=1).cpu().numpy()
     bad = groups.prompt_index[~np.isfinite(norm)]
     which = f"gradient is not finite at prompt {', '.join(map(str, bad))}"

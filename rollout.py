@@ -713,7 +713,7 @@ class TransformersEngine:
             BadInput: NaN or infinity in the logits.
         """
         groups: list[list[Completion]] = [[] for _ in prompts]
-        for batch in pack([(len(p) + max_tokens, 0) for p in prompts], samples, self.batch_tokens):
+        for batch in pack([(samples * (len(p) + max_tokens), 0) for p in prompts], self.batch_tokens):
             indices = [prompt_index[i] for i in batch]
             uniforms = [np.random.default_rng([*seed, i]).random((samples, max_tokens), np.float32) for i in indices]
             completions = self._generate([prompts[i] for i in batch], indices, np.stack(uniforms), temperature)
@@ -729,7 +729,12 @@ class TransformersEngine:
         device = self.model.device
         _, samples, max_tokens = uniforms.shape
         random = torch.from_numpy(uniforms).to(device).flatten(0, 1)  # (P, K, C) -> (P*K, C)
-        logits, cache, mask, position = prefill(self.model, *pad_left(prompts, device), samples)
+        ids, mask = pad_left(prompts, device)  # (P, L)
+        position, cache = (mask.cumsum(1) - 1).clamp(min=0), DynamicCache(config=self.model.config)
+        inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": position, "past_key_values": cache}
+        logits = self.model(**inputs, use_cache=True, logits_to_keep=1).logits  # (P, 1, V): each prompt once ...
+        cache.batch_repeat_interleave(samples)  # ... for its K completions
+        logits, mask, position = (x.repeat_interleave(samples, 0) for x in (logits, mask, position[:, -1:] + 1))
         alive = torch.arange(len(random), device=device)  # row of each sequence that has not ended
         tokens = torch.zeros(random.shape, dtype=torch.int32, device=device)
         logps = torch.zeros(random.shape, device=device)
@@ -911,19 +916,19 @@ def open_engine(
     return _vllm[kind]
 
 
-def pack(sizes: Sequence[tuple[int, int]], samples: int, batch_tokens: int) -> Iterator[list[int]]:
+def pack(sizes: Sequence[tuple[int, int]], batch_tokens: int) -> Iterator[list[int]]:
     """Cut groups into batches of at most `batch_tokens` tokens, padding included, or of one group; like sizes together.
 
     Args:
-        sizes: (longest completion, prompt) of each group; it costs its prompt once and the completion `samples` times.
+        sizes: tokens of each group, in two parts that are padded each for itself.
     """
     batch: list[int] = []
-    prompt = 0
+    second = 0
     for i in sorted(range(len(sizes)), key=sizes.__getitem__):
-        prompt = max(prompt, sizes[i][1])
-        if batch and (len(batch) + 1) * (prompt + samples * sizes[i][0]) > batch_tokens:
+        second = max(second, sizes[i][1])
+        if batch and (len(batch) + 1) * (sizes[i][0] + second) > batch_tokens:
             yield batch
-            batch, prompt = [], sizes[i][1]
+            batch, second = [], sizes[i][1]
         batch.append(i)
     if batch:
         yield batch
@@ -934,29 +939,6 @@ def pad_left(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Tenso
     ids = [torch.tensor(row, dtype=torch.long) for row in rows]
     pad = functools.partial(pad_sequence, batch_first=True, padding_side="left")
     return pad(ids).to(device), pad([torch.ones_like(row) for row in ids]).to(device)
-
-
-def prefill(
-    model: PreTrainedModel, ids: Tensor, mask: Tensor, samples: int
-) -> tuple[Tensor, DynamicCache, Tensor, Tensor]:
-    """Compute each of P prompts (P, L) once for its K completions.
-
-    Returns:
-        logits of the first token (P*K, 1, V), keys and values, mask (P*K, L), position of the first token (P*K, 1).
-    """
-    positions = (mask.cumsum(1) - 1).clamp(min=0)  # (P, L)
-    cache = DynamicCache(config=model.config)
-    logits = model(
-        input_ids=ids,
-        attention_mask=mask,
-        position_ids=positions,
-        past_key_values=cache,
-        use_cache=True,
-        logits_to_keep=1,
-    ).logits  # (P, 1, V)
-    cache.batch_repeat_interleave(samples)
-    logits, mask, position = (x.repeat_interleave(samples, 0) for x in (logits, mask, positions[:, -1:] + 1))
-    return logits, cache, mask, position
 
 
 # ---------------------------------------------------------------------------------------------------------------------

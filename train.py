@@ -36,6 +36,7 @@ Deviations from the paper's RL stage:
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
 import time
@@ -93,22 +94,17 @@ def policy_objective(logps: Tensor, behavior_logps: Tensor, advantages: Tensor, 
     """min(ρ Â, clip(ρ, 1-ε, 1+ε) Â) per token (6). Its gradient, where nothing is clipped, is ρ Â ∇log π (2).
 
     Args:
-        logps, behavior_logps: (B, C) log-probs of the tokens under π_θ and under the policy that sampled them.
-        advantages: (B,).
+        logps, behavior_logps: (T,) log-probs of the tokens under π_θ and under the policy that sampled them.
+        advantages: (T,) Â_k of the trajectory that a token belongs to.
     """
     ratio = torch.exp(logps - behavior_logps)
-    return torch.minimum(ratio * advantages[:, None], ratio.clamp(1 - clip, 1 + clip) * advantages[:, None])
+    return torch.minimum(ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages)
 
 
 def k3_kl(logps: Tensor, initial_logps: Tensor) -> Tensor:
     """Schulman's low-variance estimate of KL(π_θ ‖ π_initial) per token: q - log q - 1 >= 0, q = π_initial / π_θ."""
     log_q = initial_logps - logps
     return torch.exp(log_q) - log_q - 1
-
-
-def sequence_mean(values: Tensor, mask: Tensor) -> Tensor:
-    """1/|τ| Σ_t of (B, C) over the tokens of each completion: (B,). Equations 2 and 6."""
-    return (values * mask).sum(1) / mask.sum(1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -119,109 +115,106 @@ Piece = tuple[int, range]  # a prompt n, and those of its K trajectories that ar
 
 @dataclass
 class Batch:
-    """P pieces of K trajectories each. Row p*K + k of a (P*K, ...) tensor is trajectory k of piece p."""
+    """P pieces, one to a row of W tokens: a prompt, padded on the left, and behind it its completions, one after
+    another, each without its last token, which predicts nothing. A token sees the prompt and its own completion alone,
+    so a prompt is computed once for all of them. The T tokens to predict stand as they are stored."""
 
     prompt_index: list[int]  # P
-    prompt_ids: Tensor  # (P, L) padded on the left
-    prompt_mask: Tensor  # (P, L)
-    completion_ids: Tensor  # (P*K, C) padded on the right
-    mask: Tensor  # (P*K, C) float, 1 at the tokens of a completion
-    behavior_logps: Tensor  # (P*K, C)
-    advantages: Tensor  # (P*K,)
+    ids: Tensor  # (P, W)
+    position: Tensor  # (P, W) in the token's own sequence
+    segment: Tensor  # (P, W) 0 in the prompt, a number of its own in each completion, -1 at padding
+    row: Tensor  # (T,) the piece of each token to predict
+    source: Tensor  # (T,) the column that predicts it, 0 being the prompt's last
+    tokens: Tensor  # (T,)
+    behavior_logps: Tensor  # (T,)
+    advantages: Tensor  # (T,) Â_k of its trajectory
+    weight: Tensor  # (T,) 1/(K|τ_k|), K being the size of the whole group
+    length: list[int]  # |τ| of each trajectory; T in all
 
 
 def collate(trajectories: Trajectories, pieces: Sequence[Piece], device: torch.device) -> Batch:
-    """Pad the pieces into a batch. A trajectory's advantage is that in its whole group, whatever the piece."""
-    prompt_ids, prompt_mask = rollout.pad_left([trajectories.prompt(n) for n, _ in pieces], device)
-    spans = [trajectories.span(n, k) for n, ks in pieces for k in ks]  # (P*K,)
-    length = torch.tensor([span.stop - span.start for span in spans])
-    mask = torch.arange(int(length.max())) < length[:, None]  # (P*K, C)
-    stored = np.concatenate([np.arange(span.start, span.stop) for span in spans])  # where the tokens of all stand
-
-    def pad(values: Array) -> Tensor:
-        tokens = torch.from_numpy(values[stored])
-        return torch.zeros(mask.shape, dtype=tokens.dtype).masked_scatter(mask, tokens).to(device)  # (P*K, C)
-
-    advantages = group_advantages(torch.from_numpy(trajectories.rewards[[n for n, _ in pieces]]))  # (P, K of the group)
-    advantages = [row[ks.start : ks.stop] for row, (_, ks) in zip(advantages, pieces, strict=True)]
+    """Lay the pieces out in rows. A trajectory's advantage is that in its whole group, whatever the piece."""
+    prompts = [trajectories.prompt(n) for n, _ in pieces]
+    spans = [trajectories.span(n, k) for n, ks in pieces for k in ks]  # of S trajectories
+    stored = np.concatenate([np.arange(span.start, span.stop) for span in spans])  # (T,) where their tokens stand
+    length = np.array([span.stop - span.start for span in spans])  # (S,)
+    row = np.repeat(np.arange(len(pieces)), [len(ks) for _, ks in pieces])  # (S,)
+    fed = length - 1  # (S,) all tokens but the last are inputs
+    ahead = np.cumsum(fed) - fed  # (S,) such tokens before it, in the whole batch
+    ahead -= ahead[np.searchsorted(row, row)]  # ... in its own row
+    own = np.repeat(np.arange(len(spans)), length)  # (T,) its trajectory
+    t = np.arange(len(own)) - (np.cumsum(length) - length)[own]  # (T,)
+    column, inner = ahead[own] + t, t < fed[own]
+    left = max(map(len, prompts))  # L
+    ids, position, segment = np.full(
+        (3, len(pieces), left + max(np.bincount(row, fed).astype(int))), [[[0]], [[0]], [[-1]]]
+    )
+    for p, prompt in enumerate(prompts):
+        place = np.s_[p, left - len(prompt) : left]
+        ids[place], position[place], segment[place] = prompt, np.arange(len(prompt)), 0
+    place = row[own][inner], left + column[inner]
+    ids[place], segment[place] = trajectories.tokens[stored[inner]], 1 + own[inner]
+    position[place] = np.array([len(prompt) for prompt in prompts])[row[own][inner]] + t[inner]
+    advantages = group_advantages(torch.from_numpy(trajectories.rewards[[n for n, _ in pieces]]))  # (P, K)
+    advantages = torch.cat([a[ks.start : ks.stop] for a, (_, ks) in zip(advantages, pieces, strict=True)])  # (S,)
+    to = functools.partial(torch.as_tensor, device=device)
     return Batch(
         prompt_index=trajectories.prompt_index[[n for n, _ in pieces]].tolist(),
-        prompt_ids=prompt_ids,
-        prompt_mask=prompt_mask,
-        completion_ids=pad(trajectories.tokens).long(),
-        mask=mask.float().to(device),
-        behavior_logps=pad(trajectories.behavior_logps),
-        advantages=torch.cat(advantages).to(device),
+        ids=to(ids),
+        position=to(position),
+        segment=to(segment),
+        row=to(row[own]),
+        source=to(np.where(t > 0, column, 0)),
+        tokens=to(trajectories.tokens[stored]).long(),
+        behavior_logps=to(trajectories.behavior_logps[stored]),
+        advantages=advantages[own].to(device),
+        weight=to(1 / (trajectories.samples * length[own]), dtype=torch.float32),
+        length=length.tolist(),
     )
 
 
 def micro_batches(
-    trajectories: Trajectories,
-    prompts: Sequence[int],
-    batch_tokens: int,
-    *,
-    parts: int = 1,
-    repeat_prompt: bool = False,
+    trajectories: Trajectories, prompts: Sequence[int], batch_tokens: int, halved: Array | None = None
 ) -> Iterator[list[Piece]]:
-    """The groups of some prompts n, in batches of at most `batch_tokens` padded tokens. All pieces of a batch have as
-    many trajectories. A group that is too long for a batch is cut, down to single trajectories.
+    """The groups of some prompts n, in batches of at most `batch_tokens` tokens, padding included. A group that is too
+    long for a batch is cut, down to single trajectories.
 
     Args:
-        parts: each group as so many pieces, or more.
-        repeat_prompt: each completion comes with its prompt.
+        halved: (N,) groups that are cut in two in any case.
     """
-    samples = trajectories.samples // parts
-    pieces = [(int(n), range(part * samples, (part + 1) * samples)) for n in prompts for part in range(parts)]
-    sizes = [(int(trajectories.length[n].max()), int(trajectories.prompt_length[n])) for n, _ in pieces]
-    if repeat_prompt:
-        sizes = [(longest + prompt, 0) for longest, prompt in sizes]
-    for batch in rollout.pack(sizes, samples, batch_tokens):
-        (longest, prompt), (n, ks) = sizes[batch[0]], pieces[batch[0]]
-        if len(batch) > 1 or prompt + samples * longest <= batch_tokens:
-            yield [pieces[i] for i in batch]
-            continue
-        most = max(1, (batch_tokens - prompt) // longest)
-        for start in range(ks.start, ks.stop, most):
-            yield [(n, range(start, min(start + most, ks.stop)))]
+    pieces, sizes = [], []
+    for n in map(int, prompts):
+        prompt, fed = int(trajectories.prompt_length[n]), (trajectories.length[n] - 1).tolist()
+        ends, start = {len(fed) // 2 if halved is not None and halved[n] else len(fed), len(fed)}, 0
+        for stop in range(1, len(fed) + 1):
+            if stop in ends or prompt + sum(fed[start : stop + 1]) > batch_tokens:
+                pieces.append((n, range(start, stop)))
+                sizes.append((sum(fed[start:stop]), prompt))
+                start = stop
+    for batch in rollout.pack(sizes, batch_tokens):
+        yield [pieces[i] for i in batch]
 
 
 def completion_logps(model: PreTrainedModel, batch: Batch, temperature: float) -> tuple[Tensor, Tensor]:
-    """Log-probs of the tempered policy over the vocabulary, (P*K, C, V), and of the batch's tokens, (P*K, C).
-
-    Each prompt is computed once: its keys and values serve its K completions, and gradients flow back through them.
-    On the toy that halves a forward + backward (`bench/speed.py`). Padding has log-prob 0.
+    """Log-probs of the tempered policy over the vocabulary, (P, 1+C, V), after the prompt and each of the C columns
+    behind it; and of the batch's tokens, (T,).
 
     Raises:
         BadInput: NaN or infinity, naming the prompts.
     """
-    samples = len(batch.completion_ids) // len(batch.prompt_ids)
-    inputs = batch.completion_ids[:, :-1]  # (P*K, C-1): the last token predicts nothing
-    if model.is_gradient_checkpointing and torch.is_grad_enabled():
-        # Layers are computed twice, which a cache does not survive: here each completion comes with its prompt.
-        ids, mask = (x.repeat_interleave(samples, 0) for x in (batch.prompt_ids, batch.prompt_mask))
-        ids, mask = torch.cat([ids, inputs], 1), torch.cat([mask, torch.ones_like(inputs)], 1)  # (P*K, L+C-1)
-        positions = (mask.cumsum(1) - 1).clamp(min=0)
-        model.train()  # layers ask for it; the models here have no dropout
-        keep = batch.completion_ids.shape[1]
-        logits = model(
-            input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False, logits_to_keep=keep
-        ).logits  # (P*K, C, V)
-        model.eval()
-    else:
-        logits, cache, mask, position = rollout.prefill(model, batch.prompt_ids, batch.prompt_mask, samples)
-        if inputs.shape[1]:
-            rest = model(
-                input_ids=inputs,
-                attention_mask=torch.cat([mask, torch.ones_like(inputs)], 1),
-                position_ids=position + torch.arange(inputs.shape[1], device=inputs.device),
-                past_key_values=cache,
-                use_cache=True,
-            ).logits
-            logits = torch.cat([logits, rest], 1)  # (P*K, 1, V), (P*K, C-1, V) -> (P*K, C, V)
+    segment, width = batch.segment, batch.ids.shape[1]
+    before = torch.ones(width, width, dtype=torch.bool, device=segment.device).tril()
+    seen = before & ((segment[:, :, None] == segment[:, None]) | (segment[:, None] == 0))  # (P, W, W): query, key
+    logits = model(
+        input_ids=batch.ids,
+        attention_mask=seen[:, None],
+        position_ids=batch.position,
+        use_cache=False,
+        logits_to_keep=int(batch.source.max()) + 1,
+    ).logits
     all_logps = torch.log_softmax(logits.float() / temperature, -1)
-    logps = all_logps.gather(2, batch.completion_ids[:, :, None])[:, :, 0].masked_fill(batch.mask == 0, 0.0)
-    finite = torch.isfinite(logps.detach()).all(1).view(-1, samples).all(1)  # (P*K, C) -> (P,)
-    bad = [i for i, ok in zip(batch.prompt_index, finite.tolist(), strict=True) if not ok]
+    logps = all_logps[batch.row, batch.source, batch.tokens]
+    bad = sorted({batch.prompt_index[p] for p in batch.row[~torch.isfinite(logps)].tolist()})
     require(not bad, f"logits are not finite at prompt {', '.join(map(str, bad))}")
     return all_logps, logps
 
@@ -247,28 +240,26 @@ def grpo_step(
 
     Every sequence weighs 1/(PK) whichever micro-batch it is in, so their size changes nothing beyond rounding.
     """
-    sequences = trajectories.rewards.size  # P*K, dead groups included
     sums = dict.fromkeys(["objective", "kl", "entropy", "outside_clip", "tokens"], 0.0)
-    live, repeated = trajectories.live(), model.is_gradient_checkpointing
-    for pieces in micro_batches(trajectories, live, batch_tokens, repeat_prompt=repeated):
+    for pieces in micro_batches(trajectories, trajectories.live(), batch_tokens):
         batch = collate(trajectories, pieces, model.device)
         all_logps, logps = completion_logps(model, batch, temperature)
         with torch.set_grad_enabled(entropy > 0):
-            token_entropy = -(all_logps.exp() * all_logps).sum(-1)  # (P*K, C, V) -> (P*K, C)
+            token_entropy = -(all_logps.exp() * all_logps).sum(-1)[batch.row, batch.source]  # (P, 1+C, V) -> (T,)
         value = policy_objective(logps, batch.behavior_logps, batch.advantages, clip) + entropy * token_entropy
         if initial is not None:
             with torch.no_grad():
-                initial_logps = completion_logps(initial, batch, temperature)[1]  # all (P*K, C, V) would stay for long
+                initial_logps = completion_logps(initial, batch, temperature)[1]  # all (P, 1+C, V) would stay for long
             token_kl = k3_kl(logps, initial_logps)
             value = value - kl * token_kl
-            sums["kl"] += (token_kl.detach() * batch.mask).sum().item()
-        objective = sequence_mean(value, batch.mask).sum() / sequences
+            sums["kl"] += token_kl.detach().sum().item()
+        objective = (batch.weight * value).sum() / len(trajectories.rewards)
         (-objective).backward()
         outside = ((logps - batch.behavior_logps).exp() - 1).abs() > clip
         sums["objective"] += objective.item()
-        sums["entropy"] += (token_entropy.detach() * batch.mask).sum().item()
-        sums["outside_clip"] += (outside * batch.mask).sum().item()
-        sums["tokens"] += batch.mask.sum().item()
+        sums["entropy"] += token_entropy.detach().sum().item()
+        sums["outside_clip"] += outside.sum().item()
+        sums["tokens"] += len(logps)
     tokens = max(sums["tokens"], 1)
     return {name: sums[name] / tokens for name in ("kl", "entropy", "outside_clip")} | {"objective": sums["objective"]}
 
@@ -394,8 +385,10 @@ def update(
     options = {name: getattr(o, name) for name in ("temperature", "clip", "kl", "entropy", "batch_tokens")}
     for _ in range(o.iterations):
         adamw.zero_grad(set_to_none=False)
+        policy.train(o.gradient_checkpointing)  # layers ask for it; the models here have no dropout
         with autocast(policy, o.dtype):
             measured = grpo_step(policy, initial, trajectories, **options)
+        policy.eval()
         norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), o.max_grad_norm).item()
         require(np.isfinite(norm), f"gradient is not finite at prompts {sorted(trajectories.prompt_index.tolist())}")
         adamw.step()

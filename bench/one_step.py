@@ -51,18 +51,23 @@ def right_completions(model, tokenizer, path: str) -> Batch:
     prompts = tokenizer([row["prompt"] for row in rows], add_special_tokens=False).input_ids
     answers = tokenizer([row["answer"] for row in rows], add_special_tokens=False).input_ids
     answers = [[*ids, model.generation_config.eos_token_id] for ids in answers]
-    prompt_ids, prompt_mask = rollout.pad_left(prompts, model.device)
-    flipped, mask = rollout.pad_left([ids[::-1] for ids in answers], model.device)  # padded on the right, once turned
-    nothing = torch.zeros(mask.shape)
-    return Batch(
-        list(range(len(rows))), prompt_ids, prompt_mask, flipped.flip(1), mask.flip(1).float(), nothing, nothing
+    stored = rollout.Trajectories(
+        prompt_index=np.arange(len(rows)),
+        prompt_length=np.array([len(ids) for ids in prompts]),
+        prompt_tokens=np.concatenate(prompts),
+        length=np.array([[len(ids)] for ids in answers]),
+        tokens=np.concatenate(answers),
+        behavior_logps=np.zeros(sum(map(len, answers)), np.float32),
+        rewards=np.zeros((len(rows), 1), np.float32),
+        truncated=np.zeros((len(rows), 1), np.uint8),
     )
+    return collate(stored, [(n, range(1)) for n in range(len(rows))], model.device)
 
 
 def objective(model, answers: Batch) -> torch.Tensor:
     """J_V: the mean probability of the right completions."""
-    _, logps = completion_logps(model, answers, 1.0)  # (P, C), 0 at padding
-    return logps.double().sum(1).exp().mean()
+    _, logps = completion_logps(model, answers, 1.0)  # (T,)
+    return torch.stack([of_answer.sum().exp() for of_answer in logps.double().split(answers.length)]).mean()
 
 
 @torch.no_grad()
@@ -79,7 +84,7 @@ def gradient(model, trajectories: rollout.Trajectories, n: int) -> list[torch.Te
     """Equation 2 by plain autograd, for all parameters, from the trajectories of prompt n."""
     batch = collate(trajectories, [(n, range(trajectories.samples))], model.device)
     _, logps = completion_logps(model, batch, 1.0)
-    return torch.autograd.grad(project.off_policy_objective(logps, batch, "token").sum(), list(model.parameters()))
+    return torch.autograd.grad(project.off_policy_objective(logps, batch, "token"), list(model.parameters()))
 
 
 def changes(model, gradients: list[torch.Tensor], eta: float, answers: dict[str, Batch], before: dict) -> list[float]:

@@ -88,7 +88,7 @@ class Exact:
         for stored, n in tqdm(live[::every], desc=f"exact {folder.name}", unit="prompt"):
             batch = collate(stored, [(n, range(stored.samples))], model.device)
             _, logps = completion_logps(model, batch, 1.0)
-            value = project.off_policy_objective(logps, batch, "token").sum()
+            value = project.off_policy_objective(logps, batch, "token")
             yield torch.cat([g.flatten() for g in torch.autograd.grad(value, list(model.parameters()))])
 
     def cosine(self, sketches: torch.Tensor) -> np.ndarray:

@@ -29,18 +29,7 @@ import torch  # noqa: E402
 
 import project  # noqa: E402
 import rollout  # noqa: E402
-from train import Batch, collate, completion_logps, micro_batches  # noqa: E402
-
-
-def repeated_logps(model, batch: Batch, temperature: float) -> torch.Tensor:
-    """Log-probs (P*K, C) with the prompt computed anew for each completion: (P*K, L + C) tokens."""
-    samples = len(batch.completion_ids) // len(batch.prompt_ids)
-    ids = torch.cat([batch.prompt_ids.repeat_interleave(samples, 0), batch.completion_ids], 1)
-    mask = torch.cat([batch.prompt_mask.repeat_interleave(samples, 0), batch.mask.long()], 1)
-    positions = (mask.cumsum(1) - 1).clamp(min=0)
-    keep = batch.completion_ids.shape[1] + 1
-    logits = model(ids, mask, positions, use_cache=False, logits_to_keep=keep).logits[:, :-1]  # (P*K, C, V)
-    return torch.log_softmax(logits / temperature, -1).gather(2, batch.completion_ids[:, :, None])[:, :, 0]
+from train import collate, completion_logps, micro_batches  # noqa: E402
 
 
 def plain(model, trajectories: Path, layout: str, batch_tokens: int) -> None:
@@ -49,10 +38,10 @@ def plain(model, trajectories: Path, layout: str, batch_tokens: int) -> None:
     for path in rollout.shards(trajectories, "trajectories"):
         stored, _ = rollout.load_trajectories(path)
         for pieces in micro_batches(stored, stored.live(), batch_tokens):
+            if layout == "repeated":  # a row for each completion, each with its prompt
+                pieces = [(n, range(k, k + 1)) for n, ks in pieces for k in ks]
             batch = collate(stored, pieces, model.device)
-            repeated = layout == "repeated"
-            logps = repeated_logps(model, batch, 1.0) if repeated else completion_logps(model, batch, 1.0)[1]
-            project.off_policy_objective(logps, batch, "token").sum().backward()
+            project.off_policy_objective(completion_logps(model, batch, 1.0)[1], batch, "token").backward()
 
 
 def best_plain(model, trajectories: Path, layout: str) -> partial:

@@ -127,7 +127,7 @@ def test_what_is_written_must_not_replace_something_else(refused, world, tmp_pat
     )
     refused("rollout", *given, "--out", w / "v", says="was made with inputs.data ")
     refused("rollout", *given, "--out", w / "t", "--samples", 9, says="was made with options.samples 8, now 9")
-    refused("rollout", *given, "--out", w / "t", "--shard", 7, says="was made with shard.of 4, now 9")
+    refused("rollout", *given, "--out", w / "t", "--shard", 7, says="shard.of 4, now 9")
     refused("rollout", *given, "--out", w / "g", says="was made with kind gradients, now trajectories")
     refused("project", *commands["project"], "--out", w / "t", says="was made with kind trajectories, now gradients")
     refused("project", *commands["project"], "--out", w / "g", says="was made with options.k 64, now 4096")

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import weakref
+from functools import partial
 
 import numpy as np
 import pytest
@@ -20,7 +21,7 @@ import project
 import rollout
 import train
 from project import GradientSketcher, SparseProjection, project_groups
-from train import Batch, collate, group_advantages
+from train import collate
 
 K = 512
 
@@ -89,9 +90,9 @@ def test_hooks_equal_autograd_prompt_by_prompt(case, ragged, sparse_ratio):
     assert all("norm" in name for name in left_out)
     live = live_pieces(ragged)
     batch = collate(ragged, live, case.device)
-    assert (batch.prompt_mask == 0).any() and (batch.mask == 0).any()
+    assert (batch.segment[:, 0] == -1).any() and (batch.segment[:, -1] == -1).any()  # padding on both sides
     sketch, logps = sketcher.sketch(batch, TEMPERATURE)
-    assert ((logps - batch.behavior_logps) * batch.mask).abs().max() > 0.1  # π_θ ≠ β
+    assert (logps - batch.behavior_logps).abs().max() > 0.1  # π_θ ≠ β
     for row, piece in enumerate(live):  # every position in the batch
         expected = autograd_sketch(case, ragged, piece, matrices)
         assert (sketch[row] - expected).norm() <= 1e-4 * expected.norm()
@@ -126,26 +127,30 @@ def test_estimators_agree_while_the_policy_is_still_beta(toy, ragged):
 def test_released_formula_by_hand():
     """Two trajectories of 2 tokens and 1, rewards 1 and 0: token ratio, group mean and standard deviation, mean over
     the sequence, no clipping. ∂/∂log π of what ĝ is the gradient of is ρ_kt Â_k / (K |τ_k|), ∇log π being the rest."""
-    pi = torch.tensor([[0.9, 0.2], [0.5, 1.0]]).log().requires_grad_(True)  # the last one is padding
-    beta = torch.tensor([[0.3, 0.4], [0.25, 1.0]]).log()  # ratios 3, 1/2 and 2: far outside 1 ± 0.2
-    batch = Batch(
-        prompt_index=[0],
-        prompt_ids=torch.zeros(1, 1),
-        prompt_mask=torch.ones(1, 1),
-        completion_ids=torch.zeros(2, 2),
-        mask=torch.tensor([[1.0, 1.0], [1.0, 0.0]]),
-        behavior_logps=beta,
-        advantages=group_advantages(torch.tensor([[1.0, 0.0]]))[0],  # ±(1/2) / √(1/2) = ±0.70711
+    pi = torch.tensor([0.9, 0.2, 0.5]).log().requires_grad_(True)
+    beta = torch.tensor([0.3, 0.4, 0.25]).log()  # ratios 3, 1/2 and 2: far outside 1 ± 0.2
+    trajectories = rollout.Trajectories(
+        prompt_index=np.array([0]),
+        prompt_length=np.array([1]),
+        prompt_tokens=np.array([7]),
+        length=np.array([[2, 1]]),
+        tokens=np.array([7, 7, 7]),
+        behavior_logps=beta.numpy(),
+        rewards=np.array([[1.0, 0.0]], np.float32),  # advantages ±(1/2) / √(1/2) = ±0.70711
+        truncated=np.zeros((1, 2), np.uint8),
     )
-    project.off_policy_objective(pi, batch, "token").sum().backward()
+    batch = collate(trajectories, [(0, range(2))], torch.device("cpu"))
+    project.off_policy_objective(pi, batch, "token").backward()
     # 3 · 0.70711 / 4, 0.5 · 0.70711 / 4; -2 · 0.70711 / 2
-    torch.testing.assert_close(pi.grad, torch.tensor([[0.53033, 0.08839], [-0.70711, 0.0]]), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(pi.grad, torch.tensor([0.53033, 0.08839, -0.70711]), rtol=1e-4, atol=1e-6)
 
 
 def test_cap_bounds_the_weights():
-    pi, beta = torch.tensor([[0.9, 0.2]]).log(), torch.tensor([[0.3, 0.4]]).log()
-    assert project.importance_weights(pi, beta, "token", cap=2.0)[0].tolist() == pytest.approx([2.0, 0.5])
-    assert project.importance_weights(pi, beta, "prefix", cap=1.6)[0].tolist() == pytest.approx([1.6, 1.5])
+    pi, beta = torch.tensor([0.9, 0.2, 0.2]).log(), torch.tensor([0.3, 0.4, 0.4]).log()  # of two trajectories
+    weights = partial(project.importance_weights, pi, beta, [2, 1])
+    assert weights("token", cap=2.0).tolist() == pytest.approx([2.0, 0.5, 0.5])
+    assert weights("prefix", cap=1.6).tolist() == pytest.approx([1.6, 1.5, 0.5])
+    assert weights("sequence").tolist() == pytest.approx([1.5, 1.5, 0.5])
 
 
 @pytest.mark.parametrize("batch_tokens", [60, 10**6])  # groups in pieces; all at once
@@ -174,11 +179,9 @@ def test_batching_changes_nothing(moved, ragged, change):
     whole, _ = sketcher.sketch(batch, TEMPERATURE)
     whole = dict(zip(batch.prompt_index, whole, strict=True))
     batches = [collate(ragged, live[::-1], moved.device) if change == "order" else batch]
-    if change == "padding":  # three more columns of it on either side
-        for name, side in (("prompt_ids", (3, 0)), ("prompt_mask", (3, 0))):
-            setattr(batch, name, nn.functional.pad(getattr(batch, name), side))
-        for name in ("completion_ids", "mask", "behavior_logps"):
-            setattr(batch, name, nn.functional.pad(getattr(batch, name), (0, 3)))
+    if change == "padding":  # three more columns of it on the left
+        for name, value in (("ids", 0), ("position", 0), ("segment", -1)):
+            setattr(batch, name, nn.functional.pad(getattr(batch, name), (3, 0), value=value))
     if change == "slices":  # weight gradients of one prompt at a time
         sketcher.MATRIX_ELEMENTS = 1
     for other in batches:

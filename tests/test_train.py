@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 import rollout
 import train
 from rollout import TOY, load_prompts
-from train import collate, completion_logps, group_advantages, grpo_step, k3_kl, policy_objective, sequence_mean
+from train import collate, completion_logps, group_advantages, grpo_step, k3_kl, policy_objective
 
 
 def test_advantages_by_hand():
@@ -43,31 +43,25 @@ def test_k3_by_hand():
     ],
 )
 def test_clipped_ratio_by_hand(ratio, advantage, clip, expected):
-    logps, behavior = torch.tensor([[math.log(ratio) - 3]]), torch.tensor([[-3.0]])
+    logps, behavior = torch.tensor([math.log(ratio) - 3]), torch.tensor([-3.0])
     value = policy_objective(logps, behavior, torch.tensor([advantage]), clip)
-    torch.testing.assert_close(value, torch.tensor([[expected]]))
-
-
-def test_sequence_mean_by_hand():
-    values = torch.tensor([[1.0, 2.0, 99.0], [4.0, 99.0, 99.0]])
-    mask = torch.tensor([[1.0, 1.0, 0.0], [1.0, 0.0, 0.0]])
-    assert sequence_mean(values, mask).tolist() == [1.5, 4.0]
+    torch.testing.assert_close(value, torch.tensor([expected]))
 
 
 def test_completion_logps_are_those_of_transformers_logits(moved, ragged):
     """Shared prompts, padding on both sides: against one unpadded sequence at a time."""
     batch = collate(ragged, [(n, range(6)) for n in range(40)], moved.device)
-    assert (batch.prompt_mask == 0).any() and (batch.mask == 0).any()
+    assert (batch.segment[:, 0] == -1).any() and (batch.segment[:, -1] == -1).any()
     with torch.no_grad():
         all_logps, logps = completion_logps(moved, batch, TEMPERATURE)
-    for row in range(0, len(logps), 5):
-        ids, start, _ = sequence(ragged, *divmod(row, 6))
-        length = len(ids) - start
+    over_vocabulary = all_logps[batch.row, batch.source].split(batch.length)  # (T, V), trajectory by trajectory
+    assert len(over_vocabulary) == 240
+    for m, (ours, of_tokens) in enumerate(zip(over_vocabulary, logps.split(batch.length), strict=True)):
+        ids, start, _ = sequence(ragged, *divmod(m, 6))
         with torch.no_grad():
             expected = torch.log_softmax(moved(ids[None]).logits[0] / TEMPERATURE, -1)[start - 1 : -1]
-        torch.testing.assert_close(all_logps[row, :length], expected, atol=3e-5, rtol=0)
-        torch.testing.assert_close(logps[row, :length], expected.gather(1, ids[start:, None])[:, 0], atol=3e-5, rtol=0)
-        assert not logps[row, length:].any()
+        torch.testing.assert_close(ours, expected, atol=3e-5, rtol=0)
+        torch.testing.assert_close(of_tokens, expected.gather(1, ids[start:, None])[:, 0], atol=3e-5, rtol=0)
 
 
 def test_a_piece_has_the_rows_and_the_advantages_of_its_group(ragged):
@@ -76,39 +70,43 @@ def test_a_piece_has_the_rows_and_the_advantages_of_its_group(ragged):
     pieces = [(first, range(3, 6)), (second, range(3)), (first, range(3)), (second, range(3, 6))]
     batch = collate(ragged, pieces, torch.device("cpu"))
     assert batch.prompt_index == [first, second, first, second]
-    for row, (n, k) in enumerate((n, k) for n, ks in pieces for k in ks):
+    of_tokens = (batch.row, batch.tokens, batch.behavior_logps, batch.advantages, batch.weight)
+    of_tokens = zip(*(values.split(batch.length) for values in of_tokens), strict=True)
+    for m, (row, tokens, logps, advantages, weight) in enumerate(of_tokens):
+        n, k = [(n, k) for n, ks in pieces for k in ks][m]
         ids, start, behavior = sequence(ragged, n, k)
-        tokens, length = batch.mask[row].bool(), len(ids) - start
-        assert torch.equal(tokens, torch.arange(len(tokens)) < length)
-        assert torch.equal(batch.completion_ids[row, tokens], ids[start:])
-        assert torch.equal(batch.prompt_ids[row // 3][batch.prompt_mask[row // 3] == 1], ids[:start])
-        np.testing.assert_array_equal(batch.behavior_logps[row, tokens], behavior)
+        assert row.unique().tolist() == [m // 3]
+        assert torch.equal(tokens, ids[start:])
+        in_prompt, in_completion = batch.segment[m // 3] == 0, batch.segment[m // 3] == 1 + m
+        assert torch.equal(batch.ids[m // 3][in_prompt], ids[:start])
+        assert torch.equal(batch.ids[m // 3][in_completion], ids[start:-1])
+        both = torch.cat([batch.position[m // 3][in_prompt], batch.position[m // 3][in_completion]])
+        assert torch.equal(both, torch.arange(len(ids) - 1))
+        np.testing.assert_array_equal(logps, behavior)
         rewards = ragged.rewards[n].astype(np.float64)
         expected = (rewards[k] - rewards.mean()) / (rewards.std(ddof=1) + 1e-6)
-        assert batch.advantages[row].item() == pytest.approx(expected, rel=1e-5)
+        assert advantages.tolist() == pytest.approx([expected] * len(tokens), rel=1e-5)
+        assert weight.tolist() == pytest.approx([1 / (6 * len(tokens))] * len(tokens))
 
 
-@pytest.mark.parametrize("parts", [1, 2])
-@pytest.mark.parametrize("repeat_prompt", [False, True])
+@pytest.mark.parametrize("halved", [False, True])
 @pytest.mark.parametrize("batch_tokens", [1, 60, 150, 10**6])
-def test_batches_have_every_trajectory_once_and_keep_to_their_size(ragged, batch_tokens, parts, repeat_prompt):
+def test_batches_have_every_trajectory_once_and_keep_to_their_size(ragged, batch_tokens, halved):
     live, seen = ragged.live(), []
-    for pieces in train.micro_batches(ragged, live, batch_tokens, parts=parts, repeat_prompt=repeat_prompt):
+    for pieces in train.micro_batches(ragged, live, batch_tokens, np.full(40, halved)):
         seen += [(n, k) for n, ks in pieces for k in ks]
-        batch = collate(ragged, pieces, torch.device("cpu"))  # has as many trajectories of each piece
-        repeated = len(batch.completion_ids) if repeat_prompt else len(batch.prompt_ids)
-        size = batch.prompt_ids.shape[1] * repeated + batch.completion_ids.numel()
-        assert size <= batch_tokens or len(batch.completion_ids) == 1
-        assert {len(ks) for _, ks in pieces} == {len(batch.completion_ids) // len(pieces)}
-        assert all(ks.stop <= 6 // parts or ks.start >= 6 // parts for _, ks in pieces)
+        batch = collate(ragged, pieces, torch.device("cpu"))
+        assert batch.ids.numel() <= batch_tokens or len(batch.length) == 1
+        assert not halved or all(ks.stop <= 3 or ks.start >= 3 for _, ks in pieces)
     assert sorted(seen) == [(n, k) for n in live for k in range(6)]
 
 
 def test_gradient_checkpointing_changes_nothing(moved, toy, ragged):
-    """Another layout, each completion with its prompt, and layers computed twice: the same gradients."""
+    """Layers computed twice: the same gradients."""
     plain, measured = gradients(moved, toy[0], ragged)
     model = copy.deepcopy(moved)
     model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.train()
     twice = []
     model.model.layers[0].input_layernorm.register_forward_hook(lambda *_: twice.append(1))
     again = grpo_step(model, toy[0], ragged, **OPTIONS)
@@ -116,7 +114,6 @@ def test_gradient_checkpointing_changes_nothing(moved, toy, ragged):
     assert again == pytest.approx(measured, rel=1e-4)
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(parameter.grad, plain[name], rtol=1e-3, atol=1e-6)
-    assert not model.training
 
 
 def test_bfloat16_autocast_is_near_float32_and_weights_stay_float32(tmp_path):
