@@ -187,8 +187,8 @@ def call(script: str, **options) -> None:
 def is_there(out: Path) -> bool:
     """Is a file, a model, or every shard of a folder there?"""
     shards = sorted(out.glob("[0-9]*.safetensors"))
-    whole = bool(shards) and len(shards) == rollout.peek(shards[0])["recipe"]["shard"]["of"]
-    return out.is_file() or (out / "cropi.json").is_file() or whole
+    complete = bool(shards) and len(shards) == rollout.peek(shards[0])["recipe"]["shard"]["of"]
+    return out.is_file() or (out / "cropi.json").is_file() or complete
 
 
 # ---------------------------------------------------------------------------------------------------------------------

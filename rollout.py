@@ -395,7 +395,8 @@ def fitting_prompts(
     Raises:
         BadInput: there is none.
     """
-    limit = getattr(policy.config, "max_position_embeddings", None) or sys.maxsize
+    limits = [getattr(policy.config, name, None) for name in ("max_position_embeddings", "sliding_window")]
+    limit = min((limit for limit in limits if limit), default=sys.maxsize)  # in a window, all layers see everything
     longest = min(limit - max_tokens, max_prompt_tokens or limit)
     fit = [i for i, ids in enumerate(encoded) if 0 < len(ids) <= longest]
     count = f"{source}: {len(encoded) - len(fit)} of {len(encoded)} prompts dropped"
@@ -434,13 +435,16 @@ def load_model(path: Path, dtype: torch.dtype = torch.float32) -> tuple[PreTrain
     model_identity(path, check=True)
     try:  # weights from safetensors alone, and no code of the model's: neither can run anything
         safe = {"trust_remote_code": False}
-        model, found = AutoModelForCausalLM.from_pretrained(
+        model, report = AutoModelForCausalLM.from_pretrained(
             path, dtype=dtype, attn_implementation="sdpa", output_loading_info=True, use_safetensors=True, **safe
         )
         tokenizer = AutoTokenizer.from_pretrained(path, **safe)
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise BadInput(f"{path}: cannot load this model ({str(error).splitlines()[0]})") from None
-    require(not found["missing_keys"], f"{path}: the weights lack {', '.join(sorted(found['missing_keys'])[:3])}")
+    layers = set(getattr(model.config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
+    kinds = ", ".join(sorted(layers)) or "recurrent layers"  # a prompt and its K completions share a row (train.py)
+    require(not layers and not model._is_stateful, f"{path}: this model has {kinds}; only attention is supported")
+    require(not report["missing_keys"], f"{path}: the weights lack {', '.join(sorted(report['missing_keys'])[:3])}")
     return model.eval().to(device()), tokenizer
 
 
@@ -1018,11 +1022,11 @@ def say(text: str) -> None:
         tqdm.write(text)
 
 
-def progress(items: Iterable, label: str, unit: str, done: int = 0, total: int | None = None) -> tqdm:
+def progress(items: Iterable, label: str, unit: str, initial: int = 0, total: int | None = None) -> tqdm:
     """A progress bar over the items of this process, on a terminal."""
-    total = done + len(items) if total is None else total
+    total = initial + len(items) if total is None else total
     off = True if RANK else None
-    return tqdm(items, label, total, initial=done, unit=unit, leave=False, disable=off)
+    return tqdm(items, label, total, initial=initial, unit=unit, leave=False, disable=off)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1159,12 +1163,12 @@ def peek(path: Path) -> dict:
             with safe_open(path, framework="np") as file:  # checks that header and length agree
                 text = file.metadata()["cropi"]
         record = json.loads(text)
-        checksum, found = record.pop("checksum", None), record.get("recipe", record)["format"]
+        checksum, version = record.pop("checksum", None), record.get("recipe", record)["format"]
     except (OSError, SafetensorError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise BadInput(
             f"{source} is damaged, or not one of our files ({error!r}); remove it, or name another"
         ) from None
-    require(found == FORMAT, f"{source} has the format {found}, not {FORMAT}; make it anew in another place")
+    require(version == FORMAT, f"{source} has the format {version}, not {FORMAT}; make it anew in another place")
     require(checksum == digest(json.dumps(record)), f"{source} {CHANGED}")
     return record
 
@@ -1179,8 +1183,8 @@ def load(path: Path, kind: str) -> tuple[dict[str, Array], dict]:
         BadInput: as `peek`; or of another kind, or the tensors are not those that were written.
     """
     record = peek(path)
-    found = record["recipe"]["kind"]
-    require(found == kind, f"{path} holds {found}, where {kind} is needed")
+    held = record["recipe"]["kind"]
+    require(held == kind, f"{path} holds {held}, where {kind} is needed")
     tensors = load_file(path)
     require(identity(tensors, record["recipe"]) == record["identity"], f"{path} {CHANGED}")
     return tensors, record
@@ -1283,8 +1287,8 @@ def model_identity(folder: Path, check: bool = False) -> str:
         return digest(json.dumps(file_digests(folder)))
     record = peek(folder)
     if check:
-        same = file_digests(folder)
-        changed = [str(folder / name) for name, value in record["files"].items() if same.get(name) != value]
+        now = file_digests(folder)
+        changed = [str(folder / name) for name, value in record["files"].items() if now.get(name) != value]
         require(not changed, f"{', '.join(changed)} {CHANGED}")
     return record["identity"]
 

@@ -279,19 +279,19 @@ def top_overlap(one: Array, other: Array, share: float = 0.1) -> float:
     return float(np.mean([overlap(a, b) for a, b in zip(best[0].T, best[1].T, strict=True)]))
 
 
-def split_half(whole: Array, first: Array, directions: Array) -> dict[str, float]:
+def split_half(full_sketch: Array, first: Array, directions: Array) -> dict[str, float]:
     """Agreement of two rankings from separate halves of the data: of the trajectories of some H training prompts, whose
-    sketches are `whole` (H, k) and, from the first half, `first` (H, k); and of the prompts of each validation set,
-    whose mean sketches are `directions` (V, 2, k).
+    sketches are `full_sketch` (H, k) and, from the first half, `first` (H, k); and of the prompts of each validation
+    set, whose mean sketches are `directions` (V, 2, k).
 
     `noise` is the standard deviation of a cosine over draws of that data. With the halves written as g ± e and d ± f,
     the difference of their inner products is 2(⟨e,d⟩ + ⟨g,f⟩): twice what ⟨g,d⟩ varies by.
     """
     if len(first) < 20 or not len(directions) or not directions.any(2).all():
         return {}
-    second = 2 * whole - first
+    second = 2 * full_sketch - first
     products = np.stack([first @ directions[:, 0].T, second @ directions[:, 1].T])  # (2, H, V)
-    norms = np.linalg.norm(whole, axis=1)[:, None] * np.linalg.norm(directions.mean(1), axis=1)  # (H, V)
+    norms = np.linalg.norm(full_sketch, axis=1)[:, None] * np.linalg.norm(directions.mean(1), axis=1)  # (H, V)
     noise = float(((products[0] - products[1]) / np.maximum(norms, 1e-30)).std(0).mean() / 2)
     return {
         "split_half": top_overlap(cosines(first, directions[:, 0]), cosines(second, directions[:, 1])),
@@ -393,16 +393,16 @@ def select(
     if files >= TRAJECTORIES:
         require(trajectories is not None, f"{selector} needs --trajectories, which rollout.py wrote for {data}")
         inputs["trajectories"], recipe = identities(trajectories, "trajectories")
-        same = recipe["inputs"]["data"] == rows.digest
-        require(same, f"{trajectories} was made from other data than --data; run rollout.py again")
+        of_data = recipe["inputs"]["data"] == rows.digest
+        require(of_data, f"{trajectories} was made from other data than --data; run rollout.py again")
     if files >= GRADIENTS:
         enough = gradients and (valid_gradients or files < VALIDATION)
         require(bool(enough), f"{selector} needs --gradients and at least one --valid-gradients")
         inputs |= check_gradients(gradients, valid_gradients, inputs["trajectories"])
     if previous:
         tensors, record = rollout.load(previous, "selection")
-        same = record["recipe"]["inputs"]["data"] == rows.digest
-        require(same, f"{previous} was made from other data than {data}")
+        of_data = record["recipe"]["inputs"]["data"] == rows.digest
+        require(of_data, f"{previous} was made from other data than {data}")
         inputs["previous"], before = record["identity"], tensors["ranked"]
     rollout.check_out(out.parent)
     recipe = rollout.make_recipe("selection", CODE, options, **inputs)

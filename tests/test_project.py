@@ -171,8 +171,8 @@ def test_halves_are_those_of_the_trajectories(moved, ragged, batch_tokens):
             assert (half[row] - expected).norm() <= 1e-4 * expected.norm() + 1e-7
 
 
-@pytest.mark.parametrize("change", ["order", "padding", "slices"])
-def test_batching_changes_nothing(moved, ragged, change):
+@pytest.mark.parametrize("change", ["order", "padding", "slices", "long"])
+def test_batching_changes_nothing(moved, ragged, change, monkeypatch):
     sketcher = GradientSketcher(copy.deepcopy(moved), k=K, sparse_ratio=0.1, seed=1)
     live = live_pieces(ragged)
     batch = collate(ragged, live, moved.device)
@@ -182,6 +182,9 @@ def test_batching_changes_nothing(moved, ragged, change):
     if change == "padding":  # three more columns of it on the left
         for name, value in (("ids", 0), ("position", 0), ("segment", -1)):
             setattr(batch, name, nn.functional.pad(getattr(batch, name), (3, 0), value=value))
+    if change == "long":  # rows alone, two calls of attention
+        monkeypatch.setattr(train, "LONG", 1)
+        batches = [collate(ragged, [piece], moved.device) for piece in live]
     if change == "slices":  # weight gradients of one prompt at a time
         sketcher.MATRIX_ELEMENTS = 1
     for other in batches:
