@@ -133,8 +133,7 @@ def curriculum(run: Run, stages: int) -> Iterator[int]:
         if s == 1 or not run.static:
             gradients = {name: stage / f"gradients-{name}" for name in run.sets(select.GRADIENTS)}
             for name, out in gradients.items():  # ĝ and its sketch g̃ (2, 3)
-                options = run.settings["project"] | ({} if name == "train" else {"halves": 0})
-                call("project", model=policy, trajectories=stored / name, out=out, seed=seed, **options)
+                call("project", model=policy, trajectories=stored / name, out=out, seed=seed, **run.settings["project"])
             previous, selection = selection, stage / "selection.safetensors"
             call(  # cosines, ranks, fusion (4, 5)
                 "select",
@@ -146,6 +145,8 @@ def curriculum(run: Run, stages: int) -> Iterator[int]:
                 out=selection,
                 **{"selector": run.selector, "frac": run.frac, "stage": s, "seed": seed} | run.settings["select"],
             )
+        if not len(chosen_prompts(run, s)):  # nothing is left to learn from
+            return
         start = {"model": policy, "initial_model": run.model, "optimizer": optimizer}
         call("train", **start, data=run.pool, selection=selection, out=stage, seed=seed, **run.settings["train"])  # (6)
         policy, optimizer = stage / "model", stage / "optimizer.safetensors"  # θ_s
@@ -477,7 +478,7 @@ def follow(run: Run, stages: int, prompts: rollout.Prompts, group_by: str) -> No
     say(f"{run.out}: {run.selector}, {stages} stages; targeted test sets: {names}")
     if RANK == 0 and (line := resuming(run, stages)):
         say(line)
-    entries, chosen = [], []
+    entries, chosen, s = [], [], 0
     for s in rollout.progress(curriculum(run, stages), "curriculum", "stage", total=stages + 1):
         if RANK == 0:
             entries.append(report_stage(run, s, entries[-1]["steps"] if s else 0))
@@ -485,6 +486,9 @@ def follow(run: Run, stages: int, prompts: rollout.Prompts, group_by: str) -> No
                 chosen.append(chosen_prompts(run, s))
             line = stage_line(entries[-1], prompts, chosen[-1], group_by) if s else accuracies(entries[-1])
             say(f"{f'stage {s} of {stages}' if s else 'before training'}: {line}\n")
+    if RANK == 0 and s < stages:
+        ended = rollout.peek(run.stage(s + 1) / "selection.safetensors")["facts"]["ended"]
+        say(f"{'done' if 'solved' in ended else 'warning'}: ended before stage {s + 1}: {ended}")
     if RANK == 0:
         title = f"{run.selector}{' chosen once' if run.static else ''}, seed {run.seed}"
         draw_curve(run.out / "curve.png", entries, targeted, title)

@@ -325,19 +325,17 @@ def project_groups(
     Raises:
         BadInput: NaN or infinity, naming the prompts.
     """
-    device, k, samples = sketcher.model.device, sketcher.projection.k, groups.samples
+    device, k = sketcher.model.device, sketcher.projection.k
     sketch, first_half = (torch.zeros(len(halved), k, device=device) for _ in range(2))
     log_ratio = np.zeros(len(groups.tokens), np.float32)
     for pieces in micro_batches(groups, range(len(halved)), batch_tokens, halved):
         batch = collate(groups, pieces, device)
         sketches, logps = sketcher.sketch(batch, temperature)  # (P, k), (T,)
-        change = (logps - batch.behavior_logps).cpu().numpy()  # token after token, as stored
+        log_ratio[batch.stored] = (logps - batch.behavior_logps).cpu().numpy()
         for (n, ks), piece in zip(pieces, sketches, strict=True):
             sketch[n] += piece
-            if halved[n] and ks.stop <= samples // 2:
+            if halved[n] and np.isin(ks, train.halves(groups.rewards[n])[0]).all():
                 first_half[n] += 2 * piece  # the mean over K/2
-            span = slice(groups.span(n, ks.start).start, groups.span(n, ks.stop - 1).stop)
-            log_ratio[span], change = np.split(change, [span.stop - span.start])
     norm = sketch.norm(dim=1).cpu().numpy()
     bad = groups.prompt_index[~np.isfinite(norm)]
     which = f"gradient is not finite at prompt {', '.join(map(str, bad))}"
@@ -384,12 +382,11 @@ def project(
         seed: Of the projection; all gradients of one selection need the same.
     """
     options, model = dict(locals()), rollout.model_folder(model)
-    shards, ways = rollout.shards(trajectories, "trajectories"), "take more samples or easier prompts"
+    shards = rollout.shards(trajectories, "trajectories")
     sampled = next(iter(shards.values()))["recipe"]
     foreign = f"{trajectories} was sampled by another model than {model} or those it was trained from"
     require(sampled["inputs"]["model"] in train.lineage(model), f"{foreign}; run rollout.py again")
     live, count = rollout.totals(trajectories)["live"], sampled["shard"]["count"]
-    require(live > 0, f"{trajectories}: no live prompt, every group's rewards are equal; {ways}")
     rollout.check_out(out)
     inputs = {"model": rollout.model_identity(model), "data": sampled["inputs"]["data"]}
     recipe = rollout.make_recipe("gradients", CODE, options, **inputs)
@@ -411,7 +408,8 @@ def project(
             with train.named(str(trajectories / path.name)):
                 tensors = project_groups(sketcher, groups, halved, temperature, batch_tokens)
             seconds, clock = time.perf_counter() - clock, time.perf_counter()
-            rollout.save(path, tensors, made_from, rollout.facts(seconds))
+            counts = {name: record["facts"][name] for name in ("trajectories", "rewards", "truncated", "live")}
+            rollout.save(path, tensors, made_from, rollout.facts(seconds, **counts))
         sketcher.close()
     rollout.barrier()
 

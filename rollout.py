@@ -512,7 +512,7 @@ def final_answer(text: str) -> str | None:
                 return text[start + 1 : place].strip()
         return None
     _, marked, rest = text.rpartition("####")
-    return rest.strip().partition("\n")[0].strip(" *") if marked else None
+    return LABEL.sub("", rest, count=1).partition("\n")[0].strip(" *") if marked else None
 
 
 def same_answer(gold: str, answer: str | None) -> bool:
@@ -525,46 +525,36 @@ def same_answer(gold: str, answer: str | None) -> bool:
     gold, answer = _tidy(gold), _tidy(answer)
     if gold == answer:
         return True
-    # What math-verify lets pass: (1,2) for {1,2}, "8 hours and 30 minutes" for 8, 4 = 5 for 5, 11_3 for 11_2.
-    kinds = [BRACKET.match(text) for text in (gold, answer)]
-    if all(kinds) and kinds[0][1] != kinds[1][1]:
-        return False
-    if answer.startswith("[") and NUMBER.fullmatch(gold):
-        return False
-    if MORE.search(answer) and not MORE.search(gold) and "," not in gold:
-        return False
-    left, equals, _ = answer.partition("=")
-    if equals and "=" not in gold and NUMBER.fullmatch(left):
-        return False
-    bases = [BASE.fullmatch(text) for text in (gold, answer)]
-    if all(bases) and bases[0][1] != bases[1][1]:
+    if NUMBER.fullmatch(gold) and MORE.search(answer):  # math-verify would drop the words
         return False
     import math_verify
 
     # Its own time limits are signals, which need the main thread: the worker's time limit is ours.
     parsed = [math_verify.parse(rf"\boxed{{{text}}}", parsing_timeout=None) for text in (gold, answer)]
-    return math_verify.verify(*parsed, timeout_seconds=None)
+    return math_verify.verify(*parsed, timeout_seconds=None, allow_set_relation_comp=True)  # x > 1 is (1, ∞)
 
 
 def _tidy(text: str) -> str:
     """Without what a mathematician would not look at: a full stop, currency, units behind a number."""
-    text = CURRENCY.sub("", text.strip().rstrip(".,;"))
-    text = WRAPPED.sub(r"\1", text).strip()
-    text = re.sub(r"^(-?\d+)\s+(\d+)/(\d+)$", r"\1\\frac{\2}{\3}", text)  # 11 1/2
-    text = re.sub(r"^(.+?)\s*=\s*([a-z])$", r"\2=\1", text)  # 5 = x
+    text = re.sub(r"(?<!\\)[.,;]+$", "", text.strip())  # the comma of 18\, is a space
+    text = PERCENT.sub(r"\%", WRAPPED.sub(r"\1", CURRENCY.sub("", text))).strip()
     unit = UNIT.fullmatch(text)
     return unit[1] if unit and not MORE.search(text) else text
 
 
 BOX = re.compile(r"\\(?:boxed|fbox)\s*(?=\{|\s\S)")
+LABEL = re.compile(r"[\s*]*(?:(?:the\s+)?(?:final\s+)?answer\b(?:\s+is\b)?)?[\s*:]*", re.I)  # The final answer is: 18
 HUGE = re.compile(r"\d\s*\^\s*\{?\s*\d+\s*\^|\^\s*\{?\s*\d{5}|(\)|\d{4})\s*!")  # 9^{9^9}, 2^{99999}, (9^9)!
-NUMBER = re.compile(r"[-+\d.,/ ]+")
-BRACKET = re.compile(r"(?:\\left\s*)?\\?(\(|\[|\{)")
-BASE = re.compile(r"\d+_\{?(\d+)\}?")
+NUMBER = re.compile(r"-?(?:\d{1,3}(?:,\d{3})+|\d*)(?:\.\d+)?")
 CURRENCY = re.compile(r"^(?:\\?\$|€|£|¥)\s*|(?:\\?\$|€|£|¥)$")
-WRAPPED = re.compile(r"^\\text\{([^{}]*)\}$")
-UNIT = re.compile(r"(-?(?:\d[\d,]*\.?\d*|\.\d+))(?:\\? |\s|~)*(?:\\text\{[^{}\d]*\}|[A-Za-z][A-Za-z ]+)")  # 18 dollars
-MORE = re.compile(r"\b(and|or|half|third|quarter|dozen|hundred|thousand|million|billion|percent)\b")
+WRAPPED = re.compile(r"^\\text\{([^{}]*\d[^{}]*)\}$")  # not around words: math-verify takes bare ones for products
+PERCENT = re.compile(r"\s*(?:\\text\{\s*percent\s*\}|\bpercent\b)")
+UNIT = re.compile(r"(-?(?:\d[\d,]*\.?\d*|\.\d+))(?:\\ |\s|~)*(?:\\text\{[^{}\d]*\}|[A-Za-z][A-Za-z ]+)")  # 18 dollars
+# 7 or 8, 9 and a half, 5 thousand, 8 hours 30 minutes
+MORE = re.compile(
+    r"\b(?:or|half|third|quarter|dozen|hundred|thousand|million|billion)\b"
+    r"|\d[\s~]*(?:\\text\{[^{}]*\}|[a-z]{3,}[a-z ]*)[\s~]*\d"
+)
 
 
 @functools.cache
@@ -650,7 +640,8 @@ def verify(
 def _verdict(reward: str, row: dict, text: str) -> list[float]:
     """One call of a reward function, on lists of one element."""
     chat = isinstance(row["prompt"], list)  # then TRL passes completions as messages, too
-    columns = {column: [value] for column, value in row.items() if column != "prompt"}
+    ours = ("prompt", "prompts", "completions")  # the arguments' names, whatever columns the data has
+    columns = {column: [value] for column, value in row.items() if column not in ours}
     completion = [{"role": "assistant", "content": text}] if chat else text
     return load_function(reward, REWARDS, "reward")(prompts=[row["prompt"]], completions=[completion], **columns)
 
@@ -658,7 +649,8 @@ def _verdict(reward: str, row: dict, text: str) -> list[float]:
 @functools.cache
 def workers() -> ProcessPool:
     """Processes that compute verdicts, started once and kept; one that is stuck is killed and replaced."""
-    context = multiprocessing.get_context("spawn")  # a fork would copy CUDA's state, and locked locks of threads
+    context = multiprocessing.get_context("forkserver")  # a plain fork would copy CUDA's state and threads' locks
+    context.set_forkserver_preload(["__main__", "rollout", "math_verify"])  # imports once what every worker needs
     pool = ProcessPool(min(8, os.cpu_count() or 1), context=context, initializer=_start_worker)
     atexit.register(lambda: (pool.stop(), pool.join()))
     return pool

@@ -64,7 +64,7 @@ else:
     import time
     from collections.abc import Callable
     from pathlib import Path
-    from typing import Annotated
+    from typing import Annotated, Literal
 
     import numpy as np
     import typer
@@ -76,6 +76,8 @@ else:
 # 80 steps. From there on the selection shares 0.34, later 0.27 of its prompts with one from many fresh trajectories,
 # where 8 fresh ones a prompt would share 0.52, later 0.43.
 STALE = 0.65  # effective sample size of trajectories
+VALID_STALE = 0.4  # ... of the worst validation set
+SOLVED = 0.95  # mean reward of a validation set without a live prompt, from where on it is solved
 NOISY = 0.2  # split-half overlap of the top 10%: twice chance; a convention, no run of the bundled world came near it
 
 
@@ -119,11 +121,23 @@ def top_count(frac: float, pool: int) -> int:
 CLOSE = 1e-9  # scores nearer than that are equal; a tie is broken by adding less
 
 
-def influence(cosine: Array, frac: float) -> Array:
-    """Equations 4 and 5, the paper's; ties by mean cosine."""
-    fused = reciprocal_rank_fusion(ranks(cosine), top_count(frac, len(cosine)))
-    tie = 1 - ranks(cosine.mean(1, keepdims=True))[:, 0] / len(cosine)  # in [0, 1), larger for a larger mean cosine
-    return np.where(np.isnan(cosine).any(1), np.nan, fused + CLOSE * tie)
+def influence(cosine: Array, frac: float, sign: str) -> Array:
+    """Equations 4 and 5; ties by mean cosine. `sign` says which prompts may be chosen: any (the paper's), those with a
+    positive cosine with some set, which alone count for the set's ranks (set), or those with a positive mean (mean)."""
+    rank, mean = ranks(cosine), cosine.mean(1)
+    rank, allowed = np.where((cosine > 0) | (sign != "set"), rank, len(rank) + 1), {"set": cosine.max(1), "mean": mean}
+    fused = reciprocal_rank_fusion(rank, top_count(frac, len(cosine)))
+    tie = 1 - ranks(mean[:, None])[:, 0] / len(cosine)  # in [0, 1), larger for a larger mean cosine
+    return np.where(np.isnan(mean) | (allowed.get(sign, 1) <= 0), np.nan, fused + CLOSE * tie)
+
+
+def inner_product(inner: Array, frac: float, sign: str) -> Array:
+    """Inner products in place of cosines: long gradients come first."""
+    return influence(inner, frac, sign)
+
+
+def gradient_norm(grad_norm: Array) -> Array:
+    return grad_norm
 
 
 def full(rows: list[dict]) -> Array:
@@ -145,17 +159,25 @@ def learnability(pass_rate: Array, random: np.random.Generator) -> Array:
     return (pass_rate * (1 - pass_rate)).round(6) - CLOSE * random.random(len(pass_rate))
 
 
+def hardest(pass_rate: Array, random: np.random.Generator) -> Array:
+    """The lowest pass rate above 0; equals in random order."""
+    return np.where(pass_rate > 0, -pass_rate.round(6), np.nan) - CLOSE * random.random(len(pass_rate))
+
+
 SELECTORS: dict[str, Callable[..., Array]] = {
     "influence": influence,
+    "inner": inner_product,
+    "grad-norm": gradient_norm,
     "full": full,
     "random": random_prompts,
     "pass-rate": nearest_pass_rate,
     "learnability": learnability,
+    "hardest": hardest,
 }
 # What a selector may ask for, and the files that this takes: the data alone, trajectories too, gradients of the pool
 # too, gradients of the validation sets too.
 DATA, TRAJECTORIES, GRADIENTS, VALIDATION = range(4)
-NEEDS = dict.fromkeys(("rows", "random", "stage", "previous", "frac"), DATA)
+NEEDS = dict.fromkeys(("rows", "random", "stage", "previous", "frac", "sign"), DATA)
 NEEDS |= dict.fromkeys(("pass_rate", "length", "truncated"), TRAJECTORIES)
 NEEDS |= {"grad_norm": GRADIENTS, "cosine": VALIDATION, "inner": VALIDATION}
 
@@ -187,7 +209,7 @@ def scores_of(selector: str, known: dict) -> Array:
     """Call a selector with what it asks for: scores (N,).
 
     Raises:
-        BadInput: it raises, returns something else than N numbers, or chooses nothing.
+        BadInput: it raises, or returns something else than N numbers.
     """
     count = len(known["rows"])
     try:
@@ -196,7 +218,6 @@ def scores_of(selector: str, known: dict) -> Array:
     except Exception as error:  # whatever a selector may raise
         raise BadInput(f"selector {selector!r} raised {type(error).__name__}: {error}") from error
     require(score.shape == (count,), f"selector {selector!r} returned shape {score.shape}, not ({count},)")
-    require(not np.isnan(score).all(), f"selector {selector!r} returned nothing but NaN, so nothing can be chosen")
     return score
 
 
@@ -228,33 +249,49 @@ def of_trajectories(folder: Path, count: int) -> dict[str, Array]:
     return {name: spread(stored[of].mean(1), stored["prompt_index"], count) for name, of in columns.items()}
 
 
-def of_gradients(gradients: Path, valid_gradients: list[Path], count: int) -> tuple[dict[str, Array], dict]:
-    """cosine, inner (N,V) and grad_norm (N,) of the pool's N prompts; and the diagnostics that sketches allow."""
-    valid = [load_set(folder, "gradients") for folder in valid_gradients]
-    # Means over the live prompts of each set (4), (V, k); and over every second one, 0 if there is none, (V, 2, k).
-    directions = np.array([tensors["sketch"].mean(0, np.float64) for tensors in valid])
-    halves = np.array(
-        [[x.sum(0, np.float64) / max(1, len(x)) for x in (t["sketch"][::2], t["sketch"][1::2])] for t in valid]
-    )
-    columns, wholes, firsts = [], [], []
+def of_gradients(gradients: Path, valid_gradients: dict[str, Path], count: int) -> tuple[dict[str, Array], dict]:
+    """cosine, inner (N,V) and grad_norm (N,) of the pool's N prompts, V being the validation sets with a live prompt;
+    and the diagnostics that sketches allow."""
+    valid = [load_set(folder, "gradients") for folder in valid_gradients.values()]
+    directions = np.array([tensors["sketch"].mean(0, np.float64) for tensors in valid])  # over the live prompts (4)
+    valid_halves = np.array([[half.sum(0, np.float64) for half in halves_of(tensors)] for tensors in valid])
+    columns, halves = [], []
     for path in rollout.shards(gradients, "gradients"):  # one at a time: a large pool's do not fit into memory
         tensors, _ = rollout.load(path, "gradients")
+        first, second = halves_of(tensors)
         sketch = tensors.pop("sketch").astype(np.float64)  # (n, k)
-        wholes.append(sketch[np.isin(tensors["prompt_index"], tensors.pop("half_index"))])
-        firsts.append(tensors.pop("half_sketch"))
+        halves.append((first, second))
         if valid:
             tensors |= {"cosine": cosines(sketch, directions), "inner": sketch @ directions.T}
-        columns.append(tensors)
+        columns.append({name: values for name, values in tensors.items() if not name.startswith("half_")})
     pool = join(columns)
     diagnostics = {"live_prompts": len(pool["prompt_index"])}
-    for name in STALENESS:
+    for name in STALENESS if diagnostics["live_prompts"] else ():
         mean, worst = np.max if name == "largest_change" else np.mean, min if name.startswith("ess") else max
         diagnostics[name] = float(mean(pool[name]))
         if valid:
             diagnostics[f"valid_{name}"] = float(worst(mean(tensors[name]) for tensors in valid))
-    diagnostics |= split_half(np.concatenate(wholes), np.concatenate(firsts), halves)
+    first, second = map(np.concatenate, zip(*halves, strict=True))
+    diagnostics |= split_half((first + second) / 2, first, valid_halves)
     names = ("grad_norm", "cosine", "inner") if valid else ("grad_norm",)
     return {name: spread(pool[name], pool["prompt_index"], count) for name in names}, diagnostics
+
+
+def why_silent(folder: Path) -> str:
+    """Why a set has no live prompt, and what helps; empty if it has one."""
+    sums = rollout.totals(folder)
+    if sums["live"]:
+        return ""
+    reward, cut = (sums[name] / max(1, sums["trajectories"]) for name in ("rewards", "truncated"))
+    kind, ways = ("solved", "harder prompts") if reward >= SOLVED else ("stuck", "easier prompts, more rollout.samples")
+    ways += ", a larger rollout.max_tokens" if cut > 0.1 else ""
+    return f"{kind}: no live prompt, mean reward {reward:.2f}, {cut:.0%} truncated (what helps: {ways})"
+
+
+def halves_of(tensors: dict[str, Array]) -> tuple[Array, Array]:
+    """Sketches (H, k) from either half of the trajectories, of the prompts of a shard that have halves."""
+    first, halved = tensors["half_sketch"].astype(np.float64), np.isin(tensors["prompt_index"], tensors["half_index"])
+    return first, 2 * tensors["sketch"][halved] - first
 
 
 STALENESS = ("token_kl", "mean_change", "largest_change", "ess_token", "ess_trajectory")
@@ -279,24 +316,23 @@ def top_overlap(one: Array, other: Array, share: float = 0.1) -> float:
     return float(np.mean([overlap(a, b) for a, b in zip(best[0].T, best[1].T, strict=True)]))
 
 
-def split_half(full_sketch: Array, first: Array, directions: Array) -> dict[str, float]:
-    """Agreement of two rankings from separate halves of the data: of the trajectories of some H training prompts, whose
-    sketches are `full_sketch` (H, k) and, from the first half, `first` (H, k); and of the prompts of each validation
-    set, whose mean sketches are `directions` (V, 2, k).
+def split_half(sketch: Array, first: Array, valid_halves: Array) -> dict[str, float]:
+    """Agreement of two rankings from separate halves of the trajectories: of H training prompts, whose sketches are
+    `sketch` (H, k) and, from the first half, `first` (H, k); and of the V validation sets, `valid_halves` (V, 2, k).
 
-    `noise` is the standard deviation of a cosine over draws of that data. With the halves written as g ± e and d ± f,
-    the difference of their inner products is 2(⟨e,d⟩ + ⟨g,f⟩): twice what ⟨g,d⟩ varies by.
+    `noise` is the standard deviation of a cosine over draws of the trajectories, its root mean square over the prompts.
+    With the halves written as g ± e and d ± f, the error of ⟨g,d⟩/(‖g‖‖d‖) is, to first order in e and f,
+    (⟨e,d⟩ + ⟨g,f⟩)/(‖g‖‖d‖) - cos (⟨e,g⟩/‖g‖² + ⟨f,d⟩/‖d‖²): what lies along g or d changes the length alone.
     """
-    if len(first) < 20 or not len(directions) or not directions.any(2).all():
+    if len(first) < 20 or not len(valid_halves) or not valid_halves.any(2).all():
         return {}
-    second = 2 * full_sketch - first
-    products = np.stack([first @ directions[:, 0].T, second @ directions[:, 1].T])  # (2, H, V)
-    norms = np.linalg.norm(full_sketch, axis=1)[:, None] * np.linalg.norm(directions.mean(1), axis=1)  # (H, V)
-    noise = float(((products[0] - products[1]) / np.maximum(norms, 1e-30)).std(0).mean() / 2)
-    return {
-        "split_half": top_overlap(cosines(first, directions[:, 0]), cosines(second, directions[:, 1])),
-        "noise": noise,
-    }
+    direction = valid_halves.mean(1)  # (V, k)
+    e, f = first - sketch, valid_halves[:, 0] - direction
+    lengths, widths = np.linalg.norm(sketch, axis=1)[:, None], np.linalg.norm(direction, axis=1)  # (H, 1), (V,)
+    along = (e * sketch).sum(1)[:, None] / lengths**2 + (f * direction).sum(1) / widths**2  # (H, V)
+    error = (e @ direction.T + sketch @ f.T) / (lengths * widths) - cosines(sketch, direction) * along
+    rankings = cosines(first, valid_halves[:, 0]), cosines(sketch - e, valid_halves[:, 1])
+    return {"split_half": top_overlap(*rankings), "noise": float(np.sqrt((error**2).mean(0)).mean())}
 
 
 def margin(cosine: Array, top: int) -> dict[str, float]:
@@ -316,36 +352,40 @@ def resemblance(chosen: Array, known: dict) -> dict[str, float]:
     return diagnostics
 
 
-def sentence(diagnostics: dict[str, float], chance: float) -> str:
-    """The diagnostics as one line; `chance` is the overlap of a random choice from the live prompts."""
-    parts = {
-        "live_prompts": "{} live prompts",
-        "token_kl": "KL(β‖π) {:.3f} a token",
-        "valid_token_kl": "{:.3f} in validation",
-        "mean_change": "log-probs moved by {:.2f}",
-        "largest_change": "at most {:.1f}",
-        "ess_token": "effective sample size {:.2f} of tokens",
-        "valid_ess_token": "{:.2f} in validation",
-        "ess_trajectory": "{:.2f} of trajectories",
-        "valid_ess_trajectory": "{:.2f} in validation",
-        "split_half": "split-half top 10% {:.2f} (chance 0.10)",
-        "margin": "margin at the cut {:.4f}",
-        "noise": "noise {:.3f}",
-        "overlap_previous": "overlap with the stage before {:.2f}",
-        "overlap_learnability": f"with the p(1-p) pick {{:.2f}} (chance {chance:.2f})",
-        "length_correlation": "correlation with answer length {:+.2f}",
-    }
-    return ", ".join(text.format(diagnostics[name]) for name, text in parts.items() if name in diagnostics)
+MEANINGS = {
+    "live_prompts": "whose rewards differ",
+    "token_kl": "KL(β‖π) per token; on the right, of the worst validation set",
+    "mean_change": "of a token's log-prob",
+    "largest_change": "the largest of these",
+    "ess_token": "effective sample size of tokens, 1 while θ is β",
+    "ess_trajectory": "the same of trajectories",
+    "split_half": "agreement on the top 10% between two halves of the trajectories; chance is 0.10",
+    "margin": "of the cosine at the cut",
+    "noise": "standard deviation of a cosine",
+    "overlap_previous": "with what the stage before chose",
+    "overlap_learnability": "with what p(1-p) would choose",
+    "length_correlation": "of the cosine with the length of the answers",
+}
+
+
+def table(diagnostics: dict[str, float]) -> str:
+    """The diagnostics by name, for people."""
+    lines = []
+    for name in [name for name in MEANINGS if name in diagnostics]:
+        values = [f"{diagnostics[n]:.3g}" if n in diagnostics else "" for n in (name, f"valid_{name}")]
+        lines.append(f"    {name:21}{values[0]:>8}{values[1]:>8}   {MEANINGS[name]}")
+    return "\n".join(lines)
 
 
 def warnings(diagnostics: dict[str, float]) -> list[str]:
     """In plain words, where the ranking is not to be trusted."""
     said = []
-    if diagnostics.get("ess_trajectory", 1.0) < STALE:
-        said.append(
-            f"warning: the policy has moved away from the stored trajectories (effective sample size of trajectories "
-            f"below {STALE}); sample them anew, as cropi.py run --refresh-every does"
-        )
+    for name, below in (("ess_trajectory", STALE), ("valid_ess_trajectory", VALID_STALE)):
+        if diagnostics.get(name, 1.0) < below:
+            said.append(
+                f"warning: the policy has moved away from the stored trajectories ({name} below {below}); "
+                "sample them anew, as cropi.py run --refresh-every does"
+            )
     if diagnostics.get("split_half", 1.0) < NOISY:
         said.append(
             f"warning: rankings from two halves of the data share less than {NOISY:.0%} of their top 10%, so the "
@@ -366,6 +406,7 @@ def select(
     valid_gradients: list[Path] = [],
     selector: Selector = "influence",
     frac: rollout.Share = 0.1,
+    sign: Literal["any", "set", "mean"] = "any",
     limit: rollout.MaybeCount = None,
     previous: Path | None = None,
     stage: rollout.Count = 1,
@@ -380,6 +421,7 @@ def select(
         valid_gradients: The same of a validation set; repeat.
         selector: influence, full, random, pass-rate, learnability, or FILE.py:FUNCTION.
         frac: Share of the pool to choose.
+        sign: Choose any, with a positive cosine with a set, or with a positive mean cosine.
         previous: Selection of the stage before, to compare with.
         stage: Number of the stage, for selectors that ask for it.
     """
@@ -407,7 +449,8 @@ def select(
     rollout.check_out(out.parent)
     recipe = rollout.make_recipe("selection", CODE, options, **inputs)
     if RANK == 0 and not rollout.is_made(out, recipe):
-        known = {"rows": rows, "random": np.random.default_rng(seed), "stage": stage, "frac": frac, "previous": before}
+        known = {"rows": rows, "random": np.random.default_rng(seed), "previous": before}
+        known |= {"stage": stage, "frac": frac, "sign": sign}
         known["pass_rate"] = np.full(len(rows), np.nan)  # unknown
         choose(out, recipe, selector, known, trajectories, gradients, valid_gradients)
     if RANK == 0:
@@ -436,6 +479,7 @@ def check_gradients(gradients: Path, valid_gradients: list[Path], trajectories: 
     model, projection = recipe["inputs"]["model"], recipe["options"]
     for folder in valid_gradients:
         name = folder.name.removeprefix("gradients-").removeprefix("valid-")
+        require(name not in valid, f"{folder}: two validation sets are called {name}; rename one")
         valid[name], recipe = identities(folder, "gradients")
         comparable = (model, projection) == (
             recipe["inputs"]["model"],
@@ -455,28 +499,47 @@ def choose(
     gradients: Path | None,
     valid_gradients: list[Path],
 ) -> None:
-    """Score the pool, write the selection, and say what it looks like."""
-    clock, count, diagnostics = time.perf_counter(), len(known["rows"]), {}
+    """Score the pool, write the selection, and say what it looks like. An empty one ends the curriculum.
+
+    Raises:
+        BadInput: nothing can be chosen in the first stage, unless all validation sets are solved.
+    """
+    clock, count, diagnostics, silent = time.perf_counter(), len(known["rows"]), {}, {}
     if recipe["inputs"]["trajectories"]:
         known |= of_trajectories(trajectories, count)
+    valid = dict(zip(recipe["inputs"]["valid_gradients"] or (), valid_gradients, strict=True))
     if recipe["inputs"]["gradients"]:
-        table, diagnostics = of_gradients(gradients, valid_gradients, count)
-        known |= table
-    score = scores_of(selector, known)
+        silent = {name: why for name, folder in valid.items() if (why := why_silent(folder))}
+        valid = {name: folder for name, folder in valid.items() if name not in silent}
+        table_of_pool, diagnostics = of_gradients(gradients, valid, count)
+        known |= table_of_pool
+        for name, why in silent.items():
+            rollout.say(f"validation set {name} does not score in this stage; {why}")
+    mute = silent and not valid
+    score = np.full(count, np.nan) if mute else scores_of(selector, known)
     top = count if selector == "full" else top_count(known["frac"], count)
     ranked = np.argsort(-score, kind="stable")[: min(top, np.count_nonzero(~np.isnan(score)))]  # NaN comes last
+    solved = mute and all(why.startswith("solved") for why in silent.values())
+    ended = "" if len(ranked) else "all validation sets are solved" if solved else f"{selector} can choose no prompt"
+    if ended and not solved:
+        reasons = [
+            f"{trajectories} is {why}" if trajectories and (why := why_silent(trajectories)) else "",
+            *silent.values(),
+        ]
+        ended += "".join(f"; {reason}" for reason in reasons if reason)
+        require(known["stage"] > 1, ended)
     tensors = {"ranked": ranked, "score": score, "pass_rate": known["pass_rate"]}
-    if known["previous"] is not None:
+    if known["previous"] is not None and len(ranked):
         diagnostics["overlap_previous"] = overlap(ranked, known["previous"])
-    if "cosine" in known:
+    if "cosine" in known and len(ranked):
         cosine, live = known["cosine"], ~np.isnan(known["cosine"]).any(1)
         tensors |= {"cosine": cosine, "rank": np.where(live[:, None], ranks(cosine), 0)}
         diagnostics |= margin(cosine[live], top) | resemblance(ranked, known)
-    rollout.save(out, tensors, recipe, rollout.facts(time.perf_counter() - clock, diagnostics=diagnostics))
+    about = {"diagnostics": diagnostics, "valid": list(valid), "ended": ended}
+    rollout.save(out, tensors, recipe, rollout.facts(time.perf_counter() - clock, **about))
     rollout.say(f"{out}: {len(ranked)} of {count} prompts by {selector}")
-    if "live_prompts" in diagnostics:
-        chance = len(ranked) / diagnostics["live_prompts"]
-        rollout.say("\n".join([sentence(diagnostics, chance), *warnings(diagnostics)]))
+    if diagnostics:
+        rollout.say("\n".join([table(diagnostics), *warnings(diagnostics)]))
 
 
 def write_csv(path: Path, rows: rollout.Prompts) -> None:
@@ -486,7 +549,7 @@ def write_csv(path: Path, rows: rollout.Prompts) -> None:
     order = np.argsort(-score, kind="stable")[: np.count_nonzero(~np.isnan(score))]
     table = {"place": 1 + np.arange(len(order)), "chosen": np.isin(order, chosen).astype(int), "prompt_index": order}
     table |= {"pass_rate": tensors["pass_rate"][order].round(3), "score": score[order].round(5)}
-    for v, name in enumerate(record["recipe"]["inputs"]["valid_gradients"] if "cosine" in tensors else ()):
+    for v, name in enumerate(record["facts"]["valid"] if "cosine" in tensors else ()):
         table |= {f"cosine_{name}": tensors["cosine"][order, v].round(4), f"rank_{name}": tensors["rank"][order, v]}
     table |= {column: [rows[i][column] for i in order] for column in ("prompt", "answer")}
     with rollout.new_file(path.with_suffix(".csv")) as temporary, open(temporary, "w", newline="") as file:

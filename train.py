@@ -112,7 +112,7 @@ def k3_kl(logps: Tensor, initial_logps: Tensor) -> Tensor:
 # ---------------------------------------------------------------------------------------------------------------------
 # From trajectories to log-probs
 
-Piece = tuple[int, range]  # a prompt n, and those of its K trajectories that are computed together
+Piece = tuple[int, Sequence[int]]  # a prompt n, and those of its K trajectories that are computed together
 
 
 @dataclass
@@ -132,6 +132,7 @@ class Batch:
     advantages: Tensor  # (T,) Â_k of its trajectory
     weight: Tensor  # (T,) 1/(K|τ_k|), K being the size of the whole group
     length: list[int]  # |τ| of each trajectory; T in all
+    stored: Array  # (T,) where the tokens stand among those of all trajectories
 
 
 def collate(trajectories: Trajectories, pieces: Sequence[Piece], device: torch.device) -> Batch:
@@ -139,7 +140,7 @@ def collate(trajectories: Trajectories, pieces: Sequence[Piece], device: torch.d
     groups = [n for n, _ in pieces]
     prompts, samples = [trajectories.prompt(n) for n in groups], trajectories.samples
     spans = [trajectories.span(n, k) for n, ks in pieces for k in ks]  # of S trajectories
-    stored = np.concatenate([np.arange(span.start, span.stop) for span in spans])  # (T,) where their tokens stand
+    stored = np.concatenate([np.arange(span.start, span.stop) for span in spans])  # (T,)
     length = np.array([span.stop - span.start for span in spans])  # (S,)
     piece = np.repeat(np.arange(len(pieces)), [len(ks) for _, ks in pieces])  # (S,)
     fed = length - 1  # (S,) all tokens but the last are inputs
@@ -158,7 +159,7 @@ def collate(trajectories: Trajectories, pieces: Sequence[Piece], device: torch.d
     ids[place], segment[place] = trajectories.tokens[stored[i]], 1 + s[i]
     position[place] = trajectories.prompt_length[groups][piece[s[i]]] + t[i]
     advantages = group_advantages(torch.from_numpy(trajectories.rewards[groups]))  # (P, K)
-    advantages = torch.cat([a[ks.start : ks.stop] for a, (_, ks) in zip(advantages, pieces, strict=True)])  # (S,)
+    advantages = torch.cat([a[list(ks)] for a, (_, ks) in zip(advantages, pieces, strict=True)])  # (S,)
     to = functools.partial(torch.as_tensor, device=device)
     return Batch(
         prompt_index=trajectories.prompt_index[groups].tolist(),
@@ -172,7 +173,19 @@ def collate(trajectories: Trajectories, pieces: Sequence[Piece], device: torch.d
         advantages=advantages[s].to(device),
         weight=to(1 / (samples * length[s]), dtype=torch.float32),
         length=length.tolist(),
+        stored=stored,
     )
+
+
+def halves(rewards: Array) -> list[Array]:
+    """The trajectories of a group (K,) in two halves, with the same rewards in both as far as possible. Otherwise the
+    difference of their gradients would be that of their rewards, which the baseline takes out of the whole group.
+
+    >>> [half.tolist() for half in halves(np.array([1.0, 0.0, 0.0, 1.0]))]
+    [[1, 0], [2, 3]]
+    """
+    order = np.argsort(rewards, kind="stable")
+    return [order[::2], order[1::2]]
 
 
 def micro_batches(
@@ -186,13 +199,14 @@ def micro_batches(
     """
     pieces, sizes = [], []
     for n in map(int, prompts):
-        prompt, fed = int(trajectories.prompt_length[n]), (trajectories.length[n] - 1).tolist()
-        ends, start = {len(fed) // 2 if halved is not None and halved[n] else len(fed), len(fed)}, 0
-        for stop in range(1, len(fed) + 1):
-            if stop in ends or prompt + sum(fed[start : stop + 1]) > batch_tokens:
-                pieces.append((n, range(start, stop)))
-                sizes.append((sum(fed[start:stop]), prompt))
-                start = stop
+        prompt, fed = int(trajectories.prompt_length[n]), trajectories.length[n] - 1
+        group = np.arange(len(fed))
+        for ks in halves(trajectories.rewards[n]) if halved is not None and halved[n] else [group]:
+            while len(ks):
+                fitting = max(1, np.searchsorted(np.cumsum(fed[ks]), batch_tokens - prompt, side="right"))
+                pieces.append((n, ks[:fitting]))
+                sizes.append((int(fed[ks[:fitting]].sum()), prompt))
+                ks = ks[fitting:]
     for batch in rollout.pack(sizes, batch_tokens):
         together = max(sum(sizes[i]) for i in batch) <= LONG
         yield from [[pieces[i] for i in batch]] if together else [[pieces[i]] for i in batch]
@@ -542,6 +556,7 @@ def train(
     rows, (tensors, record) = rollout.load_prompts(data, limit), rollout.load(selection, "selection")
     o.model, o.initial_model = rollout.model_folder(model), rollout.model_folder(initial_model or model)
     made_from = record["recipe"]["inputs"]
+    require(len(tensors["ranked"]) > 0, f"{selection} chooses no prompt: {record['facts'].get('ended')}")
     require(made_from["data"] == rows.digest, f"{selection} was made from other data than {data}")
     ours = made_from["model"] in (None, *lineage(o.model))  # a baseline's selection names no model
     require(ours, f"{selection} was made with another model than {model} or those it was trained from")

@@ -159,7 +159,7 @@ def curriculum(run: cropi.Run, stages: int, variant: str) -> Iterator[int]:
         stored = VARIANTS[variant][0](run, s, policy, seed)
         gradients = {name: stage / f"gradients-{name}" for name in stored}
         for name, out in gradients.items():
-            options = run.settings["project"] | ({} if name == "train" else {"halves": 0})
+            options = run.settings["project"]
             cropi.call("project", model=policy, trajectories=stored[name], out=out, seed=seed, **options)
         previous, selection = selection, stage / "selection.safetensors"
         cropi.call(

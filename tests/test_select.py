@@ -11,11 +11,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, load_all, load_folder, save_descendant
+from conftest import ROOT, TOY, load_all, load_folder, sample, save_descendant, save_selection
 
 import cropi
 import project
 import rollout
+import train
 from rollout import BadInput, load_prompts
 
 select = cropi.select  # the stage; by its name Python may know another module
@@ -82,7 +83,7 @@ def test_fusion_by_hand():
     assert select.reciprocal_rank_fusion(ranks, 2).tolist() == [1.5, 0.5, 1.0, 0.0]
     # the same with a prompt that is not live in the second row; N = round(0.4 · 5) = 2; x1 and x3 by mean cosine
     cosine = np.insert(scores, 1, np.nan, axis=0)
-    score = select.influence(cosine, 0.4)
+    score = select.influence(cosine, 0.4, "any")
     np.testing.assert_allclose(score, [1.5, np.nan, 0.5, 1.0, 0.0], atol=1e-8)
     assert np.argsort(-score, kind="stable").tolist() == [0, 3, 2, 4, 1]
 
@@ -91,7 +92,7 @@ def test_equal_fused_scores_are_ordered_by_mean_cosine_then_by_index():
     # The best two of each set are x4, x2 and x0, x2: 1, 1/2 + 1/2 and 1. All others have 0; of them x3 has the largest
     # mean cosine, then x1 and x5, which are equal.
     cosine = np.array([[0.1, 0.9], [0.2, 0.2], [0.8, 0.8], [0.3, 0.3], [0.9, 0.1], [0.2, 0.2]])
-    score = select.influence(cosine, 1 / 3)
+    score = select.influence(cosine, 1 / 3, "any")
     np.testing.assert_allclose(score, [1, 0, 1, 0, 1, 0], atol=1e-8)
     assert np.argsort(-score, kind="stable").tolist() == [2, 0, 4, 3, 1, 5]
 
@@ -141,19 +142,19 @@ def test_diagnostics_by_brute_force(scored):
     assert len(first) == live  # a small pool: all of them are halved
     overlaps, noises, margins, means = [], [], [], []
     for name in ("rev", "srt"):
-        valid = load_folder(scored / f"gradients-valid-{name}", "gradients")["sketch"]
-        a = [cosine(x, valid[0::2].mean(0)) for x in first.values()]
-        b = [cosine(2 * whole[i] - x, valid[1::2].mean(0)) for i, x in first.items()]
+        tensors_of_valid = load_folder(scored / f"gradients-valid-{name}", "gradients")
+        valid, half = (tensors_of_valid[n].astype(np.float64) for n in ("sketch", "half_sketch"))
+        assert len(half) == len(valid)
+        d, f = valid.mean(0), half.mean(0) - valid.mean(0)
+        a = [cosine(x, d + f) for x in first.values()]
+        b = [cosine(2 * whole[i] - x, d - f) for i, x in first.items()]
         top = round(live / 10)
         overlaps.append(len(set(np.argsort(a)[-top:]) & set(np.argsort(b)[-top:])) / top)
-        norms = [
-            np.linalg.norm(whole[i]) * np.linalg.norm(valid[0::2].mean(0) + valid[1::2].mean(0)) / 2 for i in first
-        ]
-        products = [
-            (x @ valid[0::2].mean(0) - (2 * whole[i] - x) @ valid[1::2].mean(0)) / norm
-            for (i, x), norm in zip(first.items(), norms, strict=True)
-        ]
-        noises.append(np.std(products) / 2)
+        errors, h = [], 1e-5  # how the cosine changes along the halves' difference, by a finite difference
+        for i, x in first.items():
+            g, e = whole[i], x - whole[i]
+            errors.append((cosine(g + h * e, d + h * f) - cosine(g - h * e, d - h * f)) / (2 * h))
+        noises.append(np.sqrt(np.mean(np.square(errors))))
         scores = {i: cosine(x, valid.mean(0)) for i, x in whole.items()}
         ordered = sorted(scores.values(), reverse=True)
         margins.append(ordered[len(chosen) - 1] - ordered[len(chosen)])
@@ -208,21 +209,43 @@ def test_too_few_prompts_have_no_split_half():
     assert select.margin(np.ones((5, 1)), top=5) == {}
 
 
-def test_noise_is_that_of_repeated_draws():
-    """Of cosines with gradients g + e and directions d + f, drawn many times."""
-    random = np.random.default_rng(0)
-    g, d = random.normal(size=(40, 50)) + 1, random.normal(size=(1, 50)) + 1
-
-    def draw():
-        halves = g + random.normal(size=(2, 40, 50)), d + random.normal(size=(2, 1, 50)) / 4
-        return *halves, select.cosines(halves[0].mean(0), halves[1].mean(0))
-
-    truth = np.std([draw()[2] for _ in range(300)], axis=0).mean()
-    noises = []
-    for _ in range(20):
-        e, f, _ = draw()
-        noises.append(select.split_half(e.mean(0), e[0], f.transpose(1, 0, 2))["noise"])
-    assert np.mean(noises) == pytest.approx(truth, rel=0.15)
+@pytest.mark.parametrize("policy", ["beta", "trained"])
+def test_noise_is_that_of_independent_draws(toy, tmp_path, policy):
+    """20 times, new trajectories of the same prompts from β: the standard deviation of a prompt's cosine (root mean
+    square over live prompts, mean over the sets), against what a draw says of itself (root mean square)."""
+    beta, tokenizer = toy
+    path, data = TOY / "model", {"train": (300, 8), "valid-rev": (64, 16), "valid-srt": (64, 16)}
+    if policy == "trained":
+        chosen = [i for i, row in enumerate(load_prompts(TOY / "train.jsonl")) if row["family"] in ("rev", "srt")]
+        save_selection(tmp_path / "s", TOY / "train.jsonl", chosen)
+        train.train(selection=tmp_path / "s", out=tmp_path, steps=20)
+        path = tmp_path / "model"
+    sketcher = project.GradientSketcher(rollout.load_model(path)[0], 4096, 1.0, seed=0)
+    engine = rollout.TransformersEngine(beta, tokenizer)
+    cosine, noises = np.full((20, 300, 2), np.nan), []
+    for draw in range(20):
+        tensors, halves = {}, {}
+        for number, (name, (count, samples)) in enumerate(data.items()):
+            rows = load_prompts(TOY / f"{name}.jsonl")
+            rows = rows[:: len(rows) // count][:count]
+            options = {"samples": samples, "max_tokens": 8}
+            groups = sample(engine, tokenizer, rows, range(count), [draw, number], temperature=1.0, **options)
+            groups = groups.take(groups.live())
+            halved = np.ones(len(groups.rewards), bool)
+            tensors[name] = project.project_groups(sketcher, groups, halved, 1.0, 4096)
+            halves[name] = select.halves_of(tensors[name])
+        directions = np.array([tensors[name]["sketch"].mean(0, np.float64) for name in data if name != "train"])
+        pool, first = tensors["train"]["sketch"].astype(np.float64), halves["train"][0]
+        cosine[draw, tensors["train"]["prompt_index"]] = select.cosines(pool, directions)
+        valid_halves = np.array([[half.mean(0) for half in halves[name]] for name in data if name != "train"])
+        noises.append(select.split_half(pool, first, valid_halves)["noise"] ** 2)
+    draws = (~np.isnan(cosine)).sum(0)  # (300, 2) in which the prompt was live
+    often = (draws > 1).all(1)
+    variance, draws = np.nanvar(cosine[:, often], 0, ddof=1), draws[often]
+    truth = np.sqrt((variance * draws).sum(0) / draws.sum(0)).mean()
+    noise = np.mean(noises) ** 0.5
+    print(f"{policy}: noise {noise:.4f}, standard deviation over draws {truth:.4f}")
+    assert noise == pytest.approx(truth, rel=0.15)
 
 
 def test_stale_and_noisy_rankings_are_warned_of(scored, capsys, monkeypatch):
