@@ -74,9 +74,11 @@ TOY_VALID = [str(TOY / f"valid-{name}.jsonl") for name in ("rev", "srt")]
 TOY_TEST = [str(TOY / f"test-{name}.jsonl") for name in ("rev", "srt", "untargeted")]
 # Completions per prompt of a validation and of a test set; a training prompt has rollout.py's own 8.
 SAMPLES = {"valid": {"samples": 32}, "test": {"samples": 4}}
+DATA = ("limit", "prompt_column", "answer_column", "skip_bad_rows")
 SHARED = {  # set for `rollout`, these hold for all scripts that have them
     *("temperature", "max_tokens", "max_prompt_tokens", "system", "chat", "reward", "reward_seconds", "max_errors"),
-    *("engine", "gpu_memory", "dtype", "limit"),
+    *("engine", "gpu_memory", "dtype", "deterministic"),
+    *DATA,
 }
 OURS = {  # options that the loop itself gives to each script
     *("out", "model", "data", "seed", "trajectories", "gradients", "valid_gradients", "selector", "frac", "help"),
@@ -384,14 +386,19 @@ def locked(folder: Path) -> Iterator[None]:
         raise BadInput(f"{folder}: {holder} is at work here; wait for it, or choose another --out") from None
 
 
-def run_recipe(run: Run, prompts: rollout.Prompts, limit: int | None) -> dict:
+def read(settings: dict[str, dict], use: str, source: str) -> rollout.Prompts:
+    """The rows of a data set, as rollout.py reads them for this use."""
+    return rollout.load_prompts(source, **{name: v for name, v in settings[use].items() if name in DATA})
+
+
+def run_recipe(run: Run, prompts: rollout.Prompts) -> dict:
     """All that the run depends on but its extent: stages and test sets."""
     options = {name: getattr(run, name) for name in ("selector", "frac", "static", "refresh_every", "seed")}
     for use in [use for use in USES if use != "test"]:
         every = {name: option.default for name, option in options_of(use).items()} | run.settings[use]
         every = rollout.make_recipe("run", CODE, every)["options"]
         options |= {f"{use}.{name}": value for name, value in every.items()}
-    valid = {name: rollout.load_prompts(source, limit).digest for name, source in run.valid.items()}
+    valid = {name: read(run.settings, "valid", source).digest for name, source in run.valid.items()}
     model = rollout.model_identity(run.model)
     return rollout.make_recipe("run", CODE, options, model=model, train=prompts.digest, valid=valid)
 
@@ -431,10 +438,10 @@ def run(
         test: Test set, [NAME=]SOURCE; targeted if a validation set has its name; repeat.
         stages: Stages of selection and training.
         frac: Share of the pool to train on.
-        selector: influence, full, random, pass-rate, learnability, or FILE.py:FUNCTION.
+        selector: influence, inner, grad-norm, full, random, pass-rate, learnability, hardest, or FILE.py:FUNCTION.
         static: Choose once, before the first stage.
         refresh_every: Sample the stored trajectories anew every N stages; 0: never.
-        out: Folder of the run.  [default: runs/SELECTOR-SEED]
+        out: Folder of the run.  [default: runs/SELECTOR-SEED, or runs/FILE-FUNCTION-SEED]
         assignments: SCRIPT.OPTION=VALUE, such as train.lr=1e-4; repeat.
         save_every: Save a checkpoint of training every N seconds.
         keep_states: Keep the optimizer states of the last N stages.
@@ -446,13 +453,14 @@ def run(
     ours += [f"train.save_every={save_every:g}"] if save_every != 300 else []
     settings = parse_settings([*ours, *assignments])
     valid_sets, test_sets = set_names(valid, "valid-"), set_names(test, "test-")
-    prompts = rollout.load_prompts(pool, limit)
-    for source in (*valid_sets.values(), *test_sets.values()):
-        rollout.load_prompts(source, limit)
+    prompts = read(settings, "rollout", pool)
+    for use, source in (*(("valid", s) for s in valid_sets.values()), *(("test", s) for s in test_sets.values())):
+        read(settings, use, source)
     toy_sets = pool != TOY_POOL and (valid == TOY_VALID or test == TOY_TEST)
     require(not toy_sets, f"{pool} needs validation and test sets of its own: --valid FILE --test FILE")
     require(not (static and refresh_every), "--static chooses once; --refresh-every would sample for no selection")
-    out = out or Path("runs") / f"{Path(selector.partition(':')[0]).stem}-{seed}"
+    file, colon, function = selector.rpartition(":")
+    out = out or Path("runs") / f"{Path(file).stem}{'-' * bool(colon)}{function}-{seed}"
     ours = r"run\.safetensors|rollouts|stage-(?!00)\d+|(curve|selection)\.png|report\.json"
     strange = [path.name for path in out.glob("[!.]*") if not re.fullmatch(ours, path.name)]
     wrong = f"{out} holds something else than a run of this version of the scripts ({', '.join(sorted(strange)[:3])})"
@@ -464,7 +472,7 @@ def run(
     rollout.check_out(out)
     with locked(out) if RANK == 0 else nullcontext():
         if RANK == 0:
-            recipe, begun = run_recipe(this, prompts, limit), out / "run.safetensors"
+            recipe, begun = run_recipe(this, prompts), out / "run.safetensors"
             if not rollout.is_made(begun, recipe):
                 rollout.save(begun, {}, recipe, rollout.facts(0.0))
         rollout.barrier()

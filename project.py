@@ -17,8 +17,8 @@ Writes  a folder with a shard for each shard of trajectories. It has one row for
     half_sketch    float32 (H,k)  g̃ from the first half of the trajectories, for some of the prompts (if K is even):
     half_index     int32   (H,)   their rows of the data file. How far the halves agree says how far to trust the ranks.
 
-For prompt x with K trajectories τ_k ~ β, tokens a_kt and histories h_kt, the gradient is that of the objective in
-`train.py` without clipping, with the stored trajectories in place of fresh ones:
+For prompt x with K trajectories τ_k ~ β, tokens a_kt and histories h_kt, the gradient is that of the first term of the
+objective in `train.py` without clipping, with the stored trajectories in place of fresh ones:
 
     ĝ(x;θ) = 1/K Σ_k 1/|τ_k| Σ_t w_kt Â_k ∇log π_θ(a_kt|h_kt)                                                  (2)
     g̃(x;θ) = P M ĝ(x;θ)                                                                                       (3)
@@ -38,7 +38,7 @@ E⟨g̃, g̃'⟩ = ⟨ĝ, ĝ'⟩, and
 The second sum is that of Weinberger et al., Feature Hashing for Large Scale Multitask Learning (2009), lemma 2, which
 has all pairs.
 
-How many prompts share a batch though each needs a gradient of its own: the weight gradient of a linear layer
+Per-prompt gradients from one batch of many prompts: the weight gradient of a linear layer
 y = Wa + b is Σ_t δ_t a_tᵀ (and Σ_t δ_t for the bias), a sum over tokens of the layer's input a_t and the objective's
 gradient δ_t at its output; that of an embedding is Σ_t δ_t in the row of token t. Hooks catch both for the whole batch,
 and one batched matrix product sums them prompt by prompt, (P, O, T) x (P, T, I) -> (P, O, I). The weights are frozen,
@@ -48,7 +48,7 @@ prompt costs little more than the backward pass it rides on (`bench/speed.py`).
 What is covered: every nn.Linear and nn.Embedding. Other parameters of one dimension, the norms' gains, are left out. A
 model with other weight matrices (fused experts, convolutions, layers derived from those two) is refused.
 
-Why these (`bench/projection.py`: the toy after two stages, precision of the top 10% against exact full gradients):
+Why this projection (`bench/projection.py`: the toy after two stages, precision of the top 10% against exact full gradients):
 
                               k = 4096   r = 0.1    r = 1       k = 32768   r = 0.1    r = 1
     here                                  0.86       0.92                    0.93       0.96
@@ -65,7 +65,10 @@ Deviations:
  3. Below r = 1 every tensor keeps the same number n of coordinates (or all it has) instead of the same share of them:
     gradients of small tensors have larger coordinates.
  4. k is 4096 by default (paper: 32768), so that a run of the toy stays small on disk.
- 5. The released code keeps the first coordinates it comes to. Ours are random over all that is covered.
+ 5. The released code keeps the first coordinates it comes to. Ours are random over all that is covered. Its default
+    keeps 15 million of 1.5 billion, a share of 0.01.
+ 6. The norms' gains are left out of the gradient.
+ 7. Sketches are float32 (released: float16).
 """
 
 from __future__ import annotations
@@ -118,7 +121,7 @@ def importance_weights(
 
 
 def off_policy_objective(logps: Tensor, batch: Batch, ratio: str, cap: float | None = None) -> Tensor:
-    """The sum over the batch of what ĝ (2) is the gradient of. Its value means nothing."""
+    """Summed over the batch; ĝ (2) is its gradient. The value itself has no meaning."""
     weights = importance_weights(logps, batch.behavior_logps, batch.length, ratio, cap)
     return (batch.weight * weights * batch.advantages * logps).sum()
 
@@ -236,7 +239,8 @@ class GradientSketcher:
         layers = [module for module in model.modules() if type(module) in (nn.Linear, nn.Embedding)]
         parameters = [parameter for module in layers for parameter in module.parameters()]
         self.weights = {names[id(p)]: p for p in sorted(parameters, key=lambda p: -p.ndim)}  # and after them biases
-        others = [name for name, p in model.named_parameters() if p.ndim > 1 and name not in self.weights]
+        rest = [module for module in model.modules() if module not in layers]  # a derived one may hold a tied weight
+        others = [names[id(p)] for module in rest for p in module.parameters(recurse=False) if p.ndim > 1]
         require(
             not others, f"{', '.join(others[:3])}: per-prompt gradients support only nn.Linear and nn.Embedding layers"
         )
@@ -320,7 +324,7 @@ def project_groups(
 ) -> dict[str, Array]:
     """The tensors of a shard for N live groups, of which `halved` (N,) bool are sketched half by half.
 
-    A gradient is the sum over the pieces of its group, whose tokens weigh 1/K each way (`Batch.weight`).
+    A gradient is the sum over the pieces of its group: a token weighs 1/(K|τ_k|), K counting the whole group.
 
     Raises:
         BadInput: NaN or infinity, naming the prompts.
@@ -366,6 +370,7 @@ def project(
     sparse_ratio: Share = 1.0,
     halves: Natural = 512,
     dtype: Dtype = "auto",
+    deterministic: bool = False,
     batch_tokens: Count = 4096,
     seed: Natural = 0,
 ) -> None:
@@ -387,8 +392,10 @@ def project(
     foreign = f"{trajectories} was sampled by another model than {model} or those it was trained from"
     require(sampled["inputs"]["model"] in train.lineage(model), f"{foreign}; run rollout.py again")
     live, count = rollout.totals(trajectories)["live"], sampled["shard"]["count"]
+    rollout.use_deterministic(deterministic)
     rollout.check_out(out)
     inputs = {"model": rollout.model_identity(model), "data": sampled["inputs"]["data"]}
+    options["temperature"] = temperature = sampled["options"]["temperature"]
     recipe = rollout.make_recipe("gradients", CODE, options, **inputs)
     of_shards = [record["recipe"]["shard"] | {"trajectories": record["identity"]} for record in shards.values()]
     if missing := rollout.unmade(out, [recipe | {"shard": shard} for shard in of_shards]):
@@ -403,7 +410,7 @@ def project(
         chosen = np.random.default_rng(seed).permutation(count)[:halves]  # a matter of seed and prompt alone
         for path, made_from in rollout.progress(missing.items(), f"project {trajectories.name}", "shard"):
             groups, record = rollout.load_trajectories(trajectories / path.name)
-            groups, temperature = groups.take(groups.live()), record["recipe"]["options"]["temperature"]
+            groups = groups.take(groups.live())
             halved = np.isin(groups.prompt_index, chosen) & (groups.samples % 2 == 0)  # an odd K has no halves
             with train.named(str(trajectories / path.name)):
                 tensors = project_groups(sketcher, groups, halved, temperature, batch_tokens)

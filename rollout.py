@@ -15,11 +15,21 @@ Writes  a folder of shards, 00000.safetensors, 00001.safetensors ..., each with 
     rewards        float32 (N,K)   R_k, the verifier's verdict
     truncated      uint8   (N,K)   1 where max_tokens cut the completion off before its end token
 
-This is the first script of five (rollout -> train -> project -> select -> cropi). Its last section holds what all five
-share: bad input, files, processes. Skip that one on first reading.
+This is the first script of five; each imports from those before it: rollout, train, project, select, cropi. What all
+five share (bad input, processes, files) stands at its end. Skip that on first reading.
 
 The policy is softmax(logits / temperature) everywhere: here, in the GRPO step and in the influence estimate. There is
 no top-p and no top-k, since both would bend the ratios π/β that the off-policy gradient is made of (equation 2).
+
+Numbers: weights, AdamW's moments, sums, log-softmax, advantages and sketches are float32. On CUDA the forward and the
+backward pass are bfloat16 by default (`--dtype`); the gradient of an embedding row, a sum over all places of a token,
+is summed in float32. Attention is torch's scaled_dot_product_attention ("sdpa"). The same command gives the same bytes
+on CPUs, with the same number of threads; on GPUs, `--deterministic` chooses algorithms that do, where torch has them.
+
+Deviations from the paper (and from its released code):
+ 1. Log-probs of β are stored as they were sampled (released: recomputed by the base model at temperature 1).
+ 2. Every completion ends with its end token, which is scored like any other (released: left out where cut off).
+ 3. One temperature, 1 by default (paper: 0.5 for stored trajectories, which the released code scores at 1).
 
 With transformers a completion depends on model, temperature, seed, data, K, token limit and prompt alone: not on batch
 size, shard size, number of processes or order of the prompts, beyond rounding. vLLM's sampling is not repeatable.
@@ -189,6 +199,9 @@ def rollout(
     model: Path = TOY / "model",
     data: str = str(TOY / "train.jsonl"),
     limit: MaybeCount = None,
+    prompt_column: str | None = None,
+    answer_column: str | None = None,
+    skip_bad_rows: bool = False,
     samples: Count = 8,
     temperature: Positive = 1.0,
     max_tokens: Count = 8,
@@ -201,6 +214,7 @@ def rollout(
     engine: Engine = "auto",
     gpu_memory: Share = 0.3,
     dtype: Dtype = "auto",
+    deterministic: bool = False,
     batch_tokens: Count = 16384,
     shard: Count = 512,
     seed: Natural = 0,
@@ -212,6 +226,9 @@ def rollout(
         model: The policy: a model folder, or a name on the Hub.
         data: jsonl, json, csv, parquet, or NAME[:CONFIG[:SPLIT]] on the Hub.
         limit: Use only the first N rows of each source.
+        prompt_column: Column of the prompt: a string, or chat messages.  [default: prompt, problem, question, messages]
+        answer_column: Column of the answer.  [default: answer, solution, reward_model.ground_truth]
+        skip_bad_rows: Drop rows without prompt or answer.
         samples: K, completions per prompt.
         temperature: The policy is softmax(logits / temperature).
         max_tokens: Longest completion, in tokens.
@@ -224,12 +241,15 @@ def rollout(
         engine: auto: vLLM where it is installed and CUDA is there.
         gpu_memory: vLLM's share of the memory.
         dtype: auto: bfloat16 on CUDA, else float32.
+        deterministic: Only algorithms that give the same bytes each time, on GPUs, too; slower.
         batch_tokens: Tokens in a batch, padding included; lower it for memory.
         shard: Most prompts of a shard; small sets have smaller ones.
         seed: Seed for all random numbers.
     """
     o = SimpleNamespace(**locals())
-    rows, o.model = load_prompts(data, limit), model_folder(model)
+    rows = load_prompts(data, limit, prompt_column, answer_column, skip_bad_rows)
+    o.model = model_folder(model)
+    use_deterministic(deterministic)
     check_out(out)
     recipe = make_recipe("trajectories", CODE, vars(o), model=model_identity(o.model), data=rows.digest)
     missing = unmade(out, shard_recipes(recipe, len(rows), shard))
@@ -240,8 +260,9 @@ def rollout(
         sums = totals(out)
         mean, cut = (sums[name] / sums["trajectories"] for name in ("rewards", "truncated"))
         said = f"{sums['trajectories'] // samples} prompts x {samples}, mean reward {mean:.3f}, {sums['live']} live"
+        ways = "no answer has room enough: raise --max-tokens (cropi.py run: --set rollout.max_tokens=N)"
         failed = f", {sums['errors']} verdict errors, {sums['timeouts']} timeouts" if reward != "exact" else ""
-        say(f"{out}: {said} prompts, {cut:.1%} truncated{failed}")
+        say(f"{out}: {said} prompts, {cut:.1%} truncated{failed}" + (f"\nwarning: {ways}" if cut > 0.5 else ""))
 
 
 def make_shards(missing: dict[Path, dict], rows: Prompts, o: SimpleNamespace) -> None:
@@ -274,69 +295,108 @@ class Prompts(list):
 
 
 FILES = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
-COLUMNS = {"prompt": ("prompt", "problem", "question"), "answer": ("answer", "solution", "reward_model.ground_truth")}
+COLUMNS = {
+    "prompt": ("prompt", "problem", "question", "messages"),
+    "answer": ("answer", "solution", "reward_model.ground_truth"),
+}
 
 
-def load_prompts(source: str | Path, limit: int | None = None) -> Prompts:
+def load_prompts(
+    source: str | Path,
+    limit: int | None = None,
+    prompt_column: str | None = None,
+    answer_column: str | None = None,
+    skip_bad_rows: bool = False,
+) -> Prompts:
     """The rows of a data set, or its first `limit`; of several, joined by +, one after another.
 
     Args:
         source: a local jsonl, json, csv or parquet file, or NAME[:CONFIG[:SPLIT]] on the Hub, SPLIT as `datasets`
             writes it, such as train[:1000]; or several of these, joined by +.
+        prompt_column, answer_column: in place of COLUMNS; a dot stands between a column and an entry of it.
+        skip_bad_rows: drop rows without prompt or answer.
     Raises:
         BadInput: not there, not readable, or a row without prompt or answer.
     """
     rows, source = Prompts(), str(source)
+    names = {"prompt": prompt_column, "answer": answer_column}
+    names = tuple((column, (name,) if name else COLUMNS[column]) for column, name in names.items())
     for part in [source] if Path(source).exists() else source.split("+"):
         require(bool(part), f"{source!r}: no name of a data set before or after +")
         path = Path(part)
         local = path.suffix in FILES
         require(not local or path.is_file(), f"{path}: no such data file")
         require(local or not path.exists(), f"{path}: not one of {', '.join(FILES)}")
-        empty = local and path.stat().st_size < 100 and not path.read_bytes().strip()  # datasets' own error is obscure
-        require(not empty, f"{path}: no prompts in it")
-        if FILES.get(path.suffix) == "json":  # a null in place of an object crashes the reader of pyarrow 26
-            with open(path, "rb") as file:
-                begins = file.read(100).removeprefix(b"\xef\xbb\xbf").lstrip()[:1]
-            require(begins in (b"{", b"["), f"{path}: not JSON objects, one per line or in a list")
-        rows += _load_rows(part, path.stat().st_mtime_ns if local else None)[:limit]
+        rows += _load_rows(part, path.stat().st_mtime_ns if local else None, names, skip_bad_rows)[:limit]
     rows.digest = digest(json.dumps(rows, sort_keys=True, default=str))
     return rows
 
 
 @functools.lru_cache(maxsize=32)  # a run opens its few data sets again and again
-def _load_rows(source: str, written: int | None) -> list[dict]:
+def _load_rows(source: str, written: int | None, names: tuple, skip_bad_rows: bool) -> list[dict]:
+    try:
+        table = _read_json(Path(source)) if FILES.get(Path(source).suffix) == "json" else _read_table(source, names)
+    except Exception as error:  # of many kinds, from pyarrow to the network
+        reason = str(error.__cause__ or error).strip().partition("\n")[0]
+        hint = "; a data set of the Hub is NAME[:CONFIG[:SPLIT]], a local one ends in .jsonl, .csv ..."
+        hint = "" if Path(source).suffix in FILES else hint
+        raise BadInput(f"{source}: cannot load this data set ({reason}){hint}") from None
+    rows, bad = [], []
+    for number, row in enumerate(table, 1):
+        usable = {column: _usable(row, looked_for, column) for column, looked_for in names}
+        lacking = [column for column, value in usable.items() if not value]
+        bad += [f"row {number}: no {column!r}, or an empty one" for column in lacking[:1]]
+        rows += [] if lacking else [row | usable]
+    looked = "; ".join(f"{column}: {', '.join(looked_for)}" for column, looked_for in names)
+    ways = f"(looked for {looked}); --prompt-column and --answer-column name others, --skip-bad-rows drops such rows"
+    require(not bad or skip_bad_rows, f"{source}, {''.join(bad[:1])} {ways}")
+    require(bool(rows), f"{source}: no prompts in it")
+    if bad:
+        say(f"{source}: {len(bad)} of {len(table)} rows dropped, which lack a prompt or an answer")
+    return rows
+
+
+class _Float(float):
+    """A number of a JSON file that keeps its text: 72.50."""
+
+    def __new__(cls, text: str) -> _Float:
+        number = super().__new__(cls, text)
+        number.text = str(text)
+        return number
+
+    def __str__(self) -> str:
+        return self.text
+
+
+def _read_json(path: Path) -> list:
+    """A list, or one object per line; `datasets` would make 72 beside 72.5 a 72.0."""
+    text, parse = path.read_text("utf-8-sig").strip(), functools.partial(json.loads, parse_float=_Float)
+    return parse(text) if text.startswith("[") else [parse(line) for line in text.split("\n") if line.strip()]
+
+
+def _read_table(source: str, names: tuple) -> list[dict]:
     import datasets  # here, since it takes a second that `--help` need not wait for
 
     kind = FILES.get(Path(source).suffix)
     (datasets.disable_progress_bars if kind else datasets.enable_progress_bars)()  # a download may take long
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # its errors are in the exception
     if kind:
-        columns = dict.fromkeys([name for names in COLUMNS.values() for name in names], str)  # 007 stays 007
-        text = {"converters": columns} if kind == "csv" else {}
-        name, options = kind, {"data_files": source, "split": "train", **text}
-    else:
-        name, config, split = [*source.split(":", 2), "", ""][:3]  # train[:100] has a colon, too
-        options = {"name": config or None, "split": split or "train"}
-    try:
-        table = datasets.load_dataset(name, **options).to_list()
-    except Exception as error:  # of many kinds, from pyarrow to the network
-        nothing = re.search(r"corresponds to no data|BatchSize must be greater than 0", str(error))
-        require(not nothing, f"{source}: no prompts in it")
-        reason = str(error.__cause__ or error).strip().partition("\n")[0]
-        hint = "" if kind else "; a data set of the Hub is NAME[:CONFIG[:SPLIT]], a local one ends in .jsonl, .csv ..."
-        raise BadInput(f"{source}: cannot load this data set ({reason}){hint}") from None
-    for number, row in enumerate(table, 1):
-        for column, names in COLUMNS.items():
-            value = next((v for v in (_look_up(row, name) for name in names) if v is not None), None)
-            if column == "answer" and isinstance(value, int | float) and not isinstance(value, bool):
-                value = str(value)
-            usable = isinstance(value, str) or (column == "prompt" and _is_chat(value))
-            looked = f"(looked for {', '.join(names)})"
-            require(bool(value) and usable, f"{source}, row {number}: no {column!r}, or an empty one {looked}")
-            row[column] = value
-    require(bool(table), f"{source}: no prompts in it")
-    return table
+        text = {name: str for _, looked_for in names for name in looked_for}  # 007 stays 007
+        options = {"converters": text} if kind == "csv" else {}
+        return datasets.load_dataset(kind, data_files=source, split="train", **options).to_list()
+    name, config, split = [*source.split(":", 2), "", ""][:3]  # train[:100] has a colon, too
+    return datasets.load_dataset(name, name=config or None, split=split or "train").to_list()
+
+
+def _usable(row: object, names: Sequence[str], column: str) -> str | list | None:
+    """The prompt or the answer of a row: the first of these columns that has one; None if that will not do."""
+    value = next((v for v in (_look_up(row, name) for name in names) if v is not None), None)
+    if column == "answer":
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        return str(value) if number else value if isinstance(value, str) else None
+    while _is_chat(value) and value and value[-1]["role"] == "assistant":  # `messages` that end with a solution
+        value = value[:-1]
+    return value if isinstance(value, str) or _is_chat(value) else None
 
 
 def _look_up(row: dict, name: str) -> object:
@@ -380,7 +440,13 @@ def encode_prompts(
             texts.append(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
         except TemplateError as error:  # Gemma's, for one, knows no system prompt
             raise BadInput(f"{source}, row {number}: the model's chat template refuses the prompt ({error})") from None
-    return tokenizer(texts, add_special_tokens=not template).input_ids  # a template has them already
+    encode = functools.partial(tokenizer, add_special_tokens=not template)  # a template has them already
+    lacking = {c for c in set("".join(texts)) if not c.isspace() and c not in tokenizer.decode(encode(c).input_ids)}
+    if lacking:
+        count = sum(bool(lacking & set(text)) for text in texts)
+        shown = "".join(sorted(lacking)[:20])
+        say(f"warning: {source}: the tokenizer lacks {shown!r}, which {count} of {len(texts)} prompts have")
+    return encode(texts).input_ids
 
 
 def fitting_prompts(
@@ -395,16 +461,20 @@ def fitting_prompts(
     Raises:
         BadInput: there is none.
     """
-    limits = [getattr(policy.config, name, None) for name in ("max_position_embeddings", "sliding_window")]
-    limit = min((limit for limit in limits if limit), default=sys.maxsize)  # in a window, all layers see everything
+    limits = [getattr(policy.config, name, None) for name in ROOM]
+    limit = min((limit for limit in limits if limit), default=sys.maxsize)
     longest = min(limit - max_tokens, max_prompt_tokens or limit)
     fit = [i for i, ids in enumerate(encoded) if 0 < len(ids) <= longest]
     count = f"{source}: {len(encoded) - len(fit)} of {len(encoded)} prompts dropped"
     why = f"empty, or longer than {longest} tokens (the model's {limit} less --max-tokens {max_tokens}, or the option)"
-    require(bool(fit), f"{count}: {why}")
+    shortest = min(map(len, encoded), default=0)
+    require(bool(fit), f"{count}: {why}; the shortest has {shortest}")
     if len(fit) < len(encoded):
         say(f"{count}: {why}")
     return fit
+
+
+ROOM = ("max_position_embeddings", "sliding_window", "window_size", "attention_chunk_size")  # train.py has no windows
 
 
 def model_folder(model: Path) -> Path:
@@ -459,6 +529,13 @@ def device() -> torch.device:
     kind = "mps" if torch.backends.mps.is_available() else "cpu"
     say(f"device: {kind}")
     return torch.device(kind)
+
+
+def use_deterministic(wanted: bool) -> None:
+    """The option `--deterministic`, for the whole process from now on."""
+    if wanted:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # torch asks for it
+        torch.use_deterministic_algorithms(True)
 
 
 def pick_dtype(dtype: str) -> torch.dtype:
@@ -523,7 +600,7 @@ def same_answer(gold: str, answer: str | None) -> bool:
     if max(len(gold), len(answer)) > 300 or HUGE.search(gold + " " + answer):
         return gold.strip() == answer.strip()
     gold, answer = _tidy(gold), _tidy(answer)
-    if gold == answer:
+    if gold.casefold() == answer.casefold():
         return True
     if NUMBER.fullmatch(gold) and MORE.search(answer):  # math-verify would drop the words
         return False
@@ -663,9 +740,6 @@ def _start_worker() -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The engine
-
-
 # The engines: `generate` samples, `sync` takes over a policy's weights, `check` compares log-probs with a policy's.
 
 
@@ -1030,7 +1104,15 @@ def progress(items: Iterable, label: str, unit: str, initial: int = 0, total: in
 # counts, versions) do not. The identity covers recipe and tensors, so a file that is made again is the same file.
 
 FORMAT = "cropi/5"  # raised whenever a formula's result changes
-FREE = {"out", "batch_tokens", "gpu_memory", "max_errors", "save_every", "shard"}  # results do not depend on these
+FREE = {
+    "out",
+    "deterministic",
+    "batch_tokens",
+    "gpu_memory",
+    "max_errors",
+    "save_every",
+    "shard",
+}  # results do not depend on these
 
 
 def digest(*parts: str | bytes) -> str:

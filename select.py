@@ -8,18 +8,19 @@
 
 Reads   the sketches that `project.py` wrote for the training prompts and for V validation sets.
 Writes  the n chosen of the pool's N prompts, and the scores of all, NaN where there are none; beside it a CSV for
-        people, with a line for every candidate:
+        people, with a line for every prompt that has a score:
 
     ranked    int64   (n,)    the chosen rows of the data set, best first
     score     float64 (N,)    the selector's score, higher is better
     pass_rate float64 (N,)    mean reward of the stored trajectories
     cosine    float64 (N,V)   with each validation set
-    rank      int64   (N,V)   by this cosine among the live prompts, 1 is best, 0 is dead
+    rank      int64   (N,V)   by this cosine among the live prompts, 1 is best, 0 marks a dead prompt
 
-The facts and a printed line hold `diagnostics`: how stale the trajectories are, how far two halves of the data agree on
-the ranking, and what else it resembles; with a warning where it should not be trusted.
+The facts and a printed table hold `diagnostics`: how stale the trajectories are, how far two halves of them agree on the
+ranking, and what else it resembles; with a warning where it should not be trusted. (The halves of a group share the mean
+and the standard deviation of its rewards, so they are not quite independent.)
 
-A step of size η along the gradient of x changes the validation objective by η⟨∇J_V, ∇J_x⟩ (1). In its place stand
+A step of size η along the gradient of x changes the validation objective by η⟨∇J_V, ∇J_x⟩ (1). It is replaced by
 
     s_V(x)   = cos( g̃(x), mean of g̃(v) over the live prompts v of V )                                         (4)
     score(x) = Σ_V 1/rank_V(x)  over the sets in whose top n it stands,  n = frac·|D|                         (5)
@@ -28,14 +29,25 @@ n = max(1, round(frac·|D|)), |D| = N being the whole pool. Only live prompts ha
 live, all of them are chosen. (Dead validation prompts would only scale the mean.) Equal fused scores are ordered by
 mean cosine, then by index.
 
+Deviations from the paper (and from its released code):
+ 1. Equal fused scores are ordered by mean cosine (released: the first set's prompt).
+ 2. n is rounded (released: rounded down), and counts over one pool (released: n of each training data set).
+ 3. All live validation prompts count (released: at most 100).
+ 4. `--sign any` is the paper's rule. Its ranks do not see a cosine's sign: where fewer than n prompts are live, it also
+    takes those that point away from every set. `set` and `mean` do not.
+ 5. A validation set without a live prompt does not score: it is solved where its mean reward is at least 0.95, else
+    stuck. If that leaves no set, or no prompt, the curriculum ends.
+
 A selector is a function of any of these parameters, by name; what it does not ask for is not computed. N is the whole
 pool; NaN stands for unknown, or not live:
 
-    rows      the N rows of the data     random    numpy's generator, seeded       frac     share to choose
+    rows      the N rows of the data     random    numpy's generator, seeded       frac, sign   the options
     stage     1, 2, ...                  previous  rows chosen in the stage before, best first, or None
-    pass_rate, length, truncated  (N,)   means over the stored trajectories of a prompt
-    cosine, inner                 (N,V)  of its sketch with the mean sketch of each validation set
-    grad_norm                     (N,)   norm of its sketch
+    pass_rate      (N,)   mean reward of the stored trajectories of a prompt
+    length         (N,)   their mean length in tokens, the end token included
+    truncated      (N,)   the share that max_tokens cut off
+    cosine, inner  (N,V)  of its sketch with the mean sketch of each of the V validation sets that have a live prompt
+    grad_norm      (N,)   norm of its sketch
 
 It returns scores (N,): higher is better, NaN is never chosen, equals are ordered by index. `--selector` takes one of
 SELECTORS below, or FILE.py:FUNCTION.
@@ -62,7 +74,7 @@ else:
     import csv
     import inspect
     import time
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
     from pathlib import Path
     from typing import Annotated, Literal
 
@@ -72,9 +84,9 @@ else:
     import rollout
     from rollout import RANK, Array, BadInput, require
 
-# Where to warn. On the bundled world (bench/drift.py; K = 8, answers of up to 8 tokens) the first is crossed after some
-# 80 steps. From there on the selection shares 0.34, later 0.27 of its prompts with one from many fresh trajectories,
-# where 8 fresh ones a prompt would share 0.52, later 0.43.
+# Where to warn. On the bundled world (bench/drift.py; K = 8, answers of up to 8 tokens) the second is crossed after some
+# 40 steps, the first after some 80. From there on the selection shares 0.45, then 0.34, later 0.27 of its prompts with
+# one from many fresh trajectories, where 8 fresh ones a prompt would share 0.57, 0.52, later 0.43.
 STALE = 0.65  # effective sample size of trajectories
 VALID_STALE = 0.4  # ... of the worst validation set
 SOLVED = 0.95  # mean reward of a validation set without a live prompt, from where on it is solved
@@ -118,7 +130,7 @@ def top_count(frac: float, pool: int) -> int:
 # ---------------------------------------------------------------------------------------------------------------------
 # The selectors
 
-CLOSE = 1e-9  # scores nearer than that are equal; a tie is broken by adding less
+CLOSE = 1e-9  # scores nearer than that are equal; ties are broken by adding less
 
 
 def influence(cosine: Array, frac: float, sign: str) -> Array:
@@ -141,7 +153,7 @@ def gradient_norm(grad_norm: Array) -> Array:
 
 
 def full(rows: list[dict]) -> Array:
-    """Everything: `frac` does not hold."""
+    """Everything: `frac` is ignored."""
     return np.zeros(len(rows))
 
 
@@ -174,8 +186,8 @@ SELECTORS: dict[str, Callable[..., Array]] = {
     "learnability": learnability,
     "hardest": hardest,
 }
-# What a selector may ask for, and the files that this takes: the data alone, trajectories too, gradients of the pool
-# too, gradients of the validation sets too.
+# What a selector may ask for, and which files each needs: the data; trajectories as well; gradients of the pool as well;
+# gradients of the validation sets as well.
 DATA, TRAJECTORIES, GRADIENTS, VALIDATION = range(4)
 NEEDS = dict.fromkeys(("rows", "random", "stage", "previous", "frac", "sign"), DATA)
 NEEDS |= dict.fromkeys(("pass_rate", "length", "truncated"), TRAJECTORIES)
@@ -237,15 +249,16 @@ def join(tables: list[dict[str, Array]]) -> dict[str, Array]:
     return {name: np.concatenate([table[name] for table in tables]) for name in tables[0]}
 
 
-def load_set(folder: Path, kind: str) -> dict[str, Array]:
-    """The tensors of all shards, joined: for sets that fit into memory, without ragged tensors."""
-    return join([rollout.load(path, kind)[0] for path in rollout.shards(folder, kind)])
+def load_set(folder: Path, kind: str, names: Sequence[str] | None = None) -> dict[str, Array]:
+    """The tensors, or those with these names, of all shards, joined: for what fits into memory."""
+    loaded = (rollout.load(path, kind)[0] for path in rollout.shards(folder, kind))
+    return join([{name: tensors[name] for name in names or tensors} for tensors in loaded])
 
 
 def of_trajectories(folder: Path, count: int) -> dict[str, Array]:
     """pass_rate, length, truncated: means over the stored trajectories of each of N prompts, (N,) each."""
-    stored = load_set(folder, "trajectories")
     columns = {"pass_rate": "rewards", "length": "length", "truncated": "truncated"}
+    stored = load_set(folder, "trajectories", ["prompt_index", *columns.values()])
     return {name: spread(stored[of].mean(1), stored["prompt_index"], count) for name, of in columns.items()}
 
 
@@ -408,6 +421,9 @@ def select(
     frac: rollout.Share = 0.1,
     sign: Literal["any", "set", "mean"] = "any",
     limit: rollout.MaybeCount = None,
+    prompt_column: str | None = None,
+    answer_column: str | None = None,
+    skip_bad_rows: bool = False,
     previous: Path | None = None,
     stage: rollout.Count = 1,
     seed: rollout.Natural = 0,
@@ -419,7 +435,7 @@ def select(
         trajectories: The pool's trajectories (not for full, random).
         gradients: The pool's gradients (for influence).
         valid_gradients: The same of a validation set; repeat.
-        selector: influence, full, random, pass-rate, learnability, or FILE.py:FUNCTION.
+        selector: influence, inner, grad-norm, full, random, pass-rate, learnability, hardest, or FILE.py:FUNCTION.
         frac: Share of the pool to choose.
         sign: Choose any, with a positive cosine with a set, or with a positive mean cosine.
         previous: Selection of the stage before, to compare with.
@@ -428,7 +444,8 @@ def select(
     options, table, before = dict(locals()), out.with_suffix(".csv"), None
     clear = table not in (out, Path(data)) and not out.is_dir()
     require(clear, f"--out {out}: name a safetensors file beside which {table} may be written")
-    rows, files = rollout.load_prompts(data, limit), needs(selector)
+    rows = rollout.load_prompts(data, limit, prompt_column, answer_column, skip_bad_rows)
+    files = needs(selector)
     valid_gradients = valid_gradients if files == VALIDATION else []
     inputs = dict.fromkeys(("trajectories", "gradients", "valid_gradients", "model", "previous"))
     inputs["data"] = rows.digest
@@ -485,7 +502,7 @@ def check_gradients(gradients: Path, valid_gradients: list[Path], trajectories: 
             recipe["inputs"]["model"],
             recipe["options"] | {"halves": projection["halves"]},
         )
-        wrong = f"{folder} was made with another model, or another projection, than {gradients}"
+        wrong = f"{folder} was made with another model, temperature or projection than {gradients}"
         require(comparable, f"{wrong}; run project.py again for both")
     return {"gradients": ids, "valid_gradients": valid, "model": model}
 

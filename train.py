@@ -12,7 +12,7 @@ Writes  into the folder --out:
 
 A step samples K completions for a batch of P prompts and ascends
 
-    J = 1/(PK) Σ_k 1/|τ_k| Σ_t [ min(ρ_kt Â_k, clip(ρ_kt, 1-ε, 1+ε) Â_k) - c_KL k3_kt + c_H H_kt ]         (6)
+    J = 1/(PK) Σ_x Σ_k 1/|τ_k| Σ_t [ min(ρ_kt Â_k, clip(ρ_kt, 1-ε, 1+ε) Â_k) - c_KL k3_kt + c_H H_kt ]     (6)
 
     Â_k   = (R_k - mean R) / (std R + 1e-6)       over the K completions of the prompt; std divides by K - 1
     ρ_kt  = π_θ(a_kt|h_kt) / π_sampling(a_kt|h_kt)
@@ -23,15 +23,21 @@ Completions come from the policy itself, or from vLLM (`--engine`), which takes 
 its log-probs are compared with the policy's, and a difference stops the run. Weights are float32; where --dtype says
 bfloat16, as on CUDA, matrix products are autocast.
 
-The first term is the one whose gradient `project.py` takes prompt by prompt: what is ranked is what is ascended.
+The first term is the one whose gradient `project.py` takes prompt by prompt, without clipping: what is ranked is what
+is ascended.
 
-Deviations from the paper's RL stage:
+Deviations from the paper's RL stage (and from the released code, whose RL is verl's):
  1. Groups whose rewards are all equal cost no forward pass. Their policy gradient is exactly 0; their KL and entropy
     terms are left out. They still count in the mean 1/(PK).
  2. The prompts of a step are drawn from the selection without replacement, anew at each step (no epochs).
  3. Toy defaults: 64 prompts a step (paper: 128), learning rate 5e-5 (paper: 1e-6, for a 1.5B model), 40 steps a stage
     (released code: 10; at equal steps 40 are as accurate here, and scoring is paid less often: docs/results.md).
- 4. One temperature for everything, 1 by default (paper: stored trajectories at 0.5).
+ 4. The KL term's reference is θ_0 in every stage (released: the first policy of each stage).
+ 5. The loss averages over the tokens of a sequence, then over sequences (released: over all tokens of a batch; on the
+    toy the two gradients have a cosine of 0.97). There, what is ranked is not quite what is ascended.
+ 6. AdamW's moments go on from stage to stage (released: a fresh process each); its weight decay is 0 (verl: 0.01).
+ 7. Weights are float32 (released: bfloat16).
+ 8. The standard deviation of Â has 1e-6 added, here and in project.py (released influence code: 1e-4).
 """
 
 from __future__ import annotations
@@ -55,6 +61,7 @@ from tqdm import tqdm
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 import rollout
 from rollout import (
@@ -364,6 +371,8 @@ def run_stage(out: Path, recipe: dict, o: SimpleNamespace, rows: rollout.Prompts
     prompt_ids = {int(chosen[i]): encoded[i] for i in kept}
     # float32 as well: rounding to bfloat16 moves log-probs by more than training does at first
     initial = rollout.load_model(o.initial_model)[0].requires_grad_(False) if o.kl else None
+    if len(kept) < o.batch_prompts / 4:
+        tqdm.write(f"warning: {len(kept)} prompts are chosen, and a batch has room for {o.batch_prompts}")
     adamw = torch.optim.AdamW(policy.parameters(), lr=o.lr, weight_decay=0.0, fused=True)
     random, facts = np.random.default_rng(o.seed), {"adam_steps": 0, "log": [], "seconds": 0.0}
     checkpoint, unfinished = out / "checkpoint.safetensors", recipe | {"kind": "checkpoint"}
@@ -439,10 +448,13 @@ def update(
     options = {name: getattr(o, name) for name in ("temperature", "clip", "kl", "entropy", "batch_tokens")}
     for _ in range(o.iterations):
         adamw.zero_grad(set_to_none=False)
-        policy.train(o.gradient_checkpointing)  # layers ask for it; the models here have no dropout
+        layers = [module for module in policy.modules() if isinstance(module, GradientCheckpointingLayer)]
+        for layer in layers:  # it asks for this flag, which those inside would take for dropout
+            layer.training = o.gradient_checkpointing
         with autocast(policy, o.dtype):
             measured = grpo_step(policy, initial, trajectories, **options)
-        policy.eval()
+        for layer in layers:
+            layer.training = False
         norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), o.max_grad_norm).item()
         require(np.isfinite(norm), f"gradient is not finite at prompts {sorted(trajectories.prompt_index.tolist())}")
         adamw.step()
@@ -511,6 +523,9 @@ def train(
     batch_prompts: Count = 64,
     samples: Annotated[int, typer.Option(min=2)] = 8,
     limit: MaybeCount = None,
+    prompt_column: str | None = None,
+    answer_column: str | None = None,
+    skip_bad_rows: bool = False,
     iterations: Count = 1,
     lr: Positive = 5e-5,
     max_grad_norm: Positive = 1.0,
@@ -528,6 +543,7 @@ def train(
     engine: Engine = "auto",
     gpu_memory: Share = 0.3,
     dtype: Dtype = "auto",
+    deterministic: bool = False,
     gradient_checkpointing: bool = False,
     batch_tokens: Count = 16384,
     save_every: Weight = 300.0,
@@ -541,25 +557,27 @@ def train(
         model: Model folder to start from.
         initial_model: Initial policy, for KL.  [default: --model]
         optimizer: Optimizer state to start from.  [default: fresh]
-        steps: Batches of rollouts.
+        steps: Training steps, each with a batch of rollouts of its own.
         batch_prompts: P, prompts per step.
         iterations: Updates per batch of rollouts (GRPO's mu).
         lr: AdamW's learning rate.
-        max_grad_norm: The gradient is cut to this norm.
-        clip: Ratios are cut to 1 - clip .. 1 + clip.
+        max_grad_norm: The gradient is clipped to this norm.
+        clip: Ratios are clipped to 1 - clip .. 1 + clip.
         kl: Weight of the KL term; 0 loads no initial policy.
         entropy: Weight of the entropy bonus.
         gradient_checkpointing: Compute activations twice instead of keeping them.
         save_every: Save a checkpoint every N seconds.
     """
     o = SimpleNamespace(**locals())
-    rows, (tensors, record) = rollout.load_prompts(data, limit), rollout.load(selection, "selection")
+    rows = rollout.load_prompts(data, limit, prompt_column, answer_column, skip_bad_rows)
+    tensors, record = rollout.load(selection, "selection")
     o.model, o.initial_model = rollout.model_folder(model), rollout.model_folder(initial_model or model)
     made_from = record["recipe"]["inputs"]
     require(len(tensors["ranked"]) > 0, f"{selection} chooses no prompt: {record['facts'].get('ended')}")
     require(made_from["data"] == rows.digest, f"{selection} was made from other data than {data}")
     ours = made_from["model"] in (None, *lineage(o.model))  # a baseline's selection names no model
     require(ours, f"{selection} was made with another model than {model} or those it was trained from")
+    rollout.use_deterministic(deterministic)
     rollout.check_out(out)
     inputs = {"data": rows.digest, "selection": record["identity"], "model": rollout.model_identity(o.model)}
     inputs["initial_model"] = rollout.model_identity(o.initial_model)

@@ -254,18 +254,20 @@ def test_a_flipped_bit_is_found_where_it_is_read(refused, world, tmp_path):
 
 
 def test_no_live_prompt(refused, world, tmp_path):
+    """In the first stage: bad input that says why, and what helps."""
     w = world
     (tmp_path / "hopeless.jsonl").write_text('{"prompt": "rev(123)=", "answer": "impossible"}\n' * 3)
-    rollout.rollout(out=tmp_path / "dead", data=str(tmp_path / "hopeless.jsonl"))
-    refused("project", "--trajectories", tmp_path / "dead", "--out", w / "out", says="no live prompt")
-    with pytest.raises(rollout.BadInput, match=r"valid-hopeless: no live prompt"):  # names the set
-        cropi.run(
-            pool=str(w / "train.jsonl"),
-            valid=[str(tmp_path / "hopeless.jsonl")],
-            test=[str(w / "test-rev.jsonl")],
-            out=tmp_path / "run",
-        )
+    given = {"pool": str(w / "train.jsonl"), "test": [str(w / "test-rev.jsonl")]}
+    stuck = (
+        r"influence can choose no prompt; stuck: no live prompt, mean reward 0.00, 0% truncated \(what helps: easier"
+    )
+    with pytest.raises(rollout.BadInput, match=stuck):
+        cropi.run(valid=[str(tmp_path / "hopeless.jsonl")], out=tmp_path / "run", **given)
     assert not (tmp_path / "run" / "stage-01" / "selection.safetensors").exists()
+    (tmp_path / "one").mkdir()
+    given["pool"] = str(tmp_path / "hopeless.jsonl")
+    with pytest.raises(rollout.BadInput, match=r"choose no prompt; .*rollouts/train is stuck: no live prompt, mean"):
+        cropi.run(valid=[str(w / "valid-rev.jsonl")], out=tmp_path / "run-2", **given)
 
 
 def test_numbers_that_are_not_finite_name_the_prompt(refused, world, tmp_path, toy):

@@ -507,3 +507,54 @@ def test_a_damaged_run_file_and_a_folder_of_something_else_are_refused(small_wor
     with pytest.raises(BadInput, match=r"something else than a run of this version of the scripts \(thesis\.tex\)"):
         run_small(small_world, "a", stages=1, selector="random")
     assert (out / "thesis.tex").read_text() == "precious"
+
+
+def world_with(world: Path, name: str, lines: list[dict]) -> str:
+    path = world / f"valid-{name}.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return str(path)
+
+
+def test_a_solved_or_stuck_validation_set_does_not_score(small_world, capsys):
+    """The toy cannot get `rev` of an answer that is none; and a reward that is always 1 solves everything."""
+    stuck = world_with(small_world, "stuck", [{"prompt": "rev(123)=", "answer": "impossible"}] * 3)
+    rev = str(small_world / "valid-rev.jsonl")
+    run_small(small_world, "with", valid=[rev, stuck])
+    printed = capsys.readouterr().out
+    line = "validation set stuck does not score in this stage; stuck: no live prompt, mean reward 0.00, 0% truncated"
+    assert printed.count(line) == 2
+    run_small(small_world, "without", valid=[rev])
+    for s in (1, 2):
+        ours, theirs = (small_world / name / f"stage-0{s}/selection.safetensors" for name in ("with", "without"))
+        ours, theirs = (load_file(path) for path in (ours, theirs))
+        assert all(np.array_equal(ours[name], theirs[name], equal_nan=True) for name in ours)
+
+
+def test_the_curriculum_ends_when_all_validation_sets_are_solved(small_world, capsys):
+    (small_world / "one.py").write_text("def one(completions, valid, **columns):\n    return [float(valid[0])]\n")
+    for name in ("train", "valid-rev", "test-rev"):  # validation prompts are always right, the others never
+        rows = [json.loads(line) for line in (small_world / f"{name}.jsonl").read_text().splitlines()]
+        rows = [row | {"valid": name == "valid-rev"} for row in rows]
+        (small_world / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = {"valid": [str(small_world / "valid-rev.jsonl")], "test": [str(small_world / "test-rev.jsonl")]}
+    options["assignments"] = [*SMALL, f"rollout.reward={small_world / 'one.py'}:one"]
+    for _ in range(2):  # a rerun says the same
+        report = run_small(small_world, "run", **options)
+        printed = capsys.readouterr().out
+        assert "done: ended before stage 1: all validation sets are solved" in printed
+        assert len(report["evaluations"]) == 1
+        assert {"curve.png", "selection.png", "report.json"} <= set(names_of(small_world / "run"))
+        assert not (small_world / "run/stage-01/model").exists()
+
+
+def test_a_run_ends_with_a_warning_when_nothing_is_left_to_choose(small_world, capsys):
+    (small_world / "first.py").write_text(
+        "import numpy as np\ndef first(rows, stage):\n    return np.full(len(rows), 1.0 if stage == 1 else np.nan)\n"
+    )
+    report = run_small(small_world, "run", stages=3, selector=f"{small_world / 'first.py'}:first")
+    printed = capsys.readouterr().out
+    assert re.search(r"warning: ended before stage 2: .*first.py:first can choose no prompt\n", printed)
+    assert [entry["stage"] for entry in report["evaluations"]] == [0, 1]
+    (small_world / "none.py").write_text("import numpy as np\ndef none(rows):\n    return np.full(len(rows), np.nan)\n")
+    with pytest.raises(BadInput, match=r"none.py:none can choose no prompt$"):  # in the first stage: bad input
+        run_small(small_world, "other", selector=f"{small_world / 'none.py'}:none")

@@ -14,7 +14,7 @@ import pytest
 import torch
 from conftest import ROOT, TEMPERATURE, TOY, load_all, load_folder, sample, save_descendant, save_selection, sequence
 from torch import nn
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import GemmaConfig, GemmaForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 import cropi
 import project
@@ -166,7 +166,7 @@ def test_halves_are_those_of_the_trajectories(moved, ragged, batch_tokens):
     assert first.shape == (halved.sum(), K)
     second, matrices = 2 * sketch[halved] - first, dense_projection(sketcher)
     for row, n in list(enumerate(np.flatnonzero(halved)))[:3]:
-        for half, ks in ((first, range(3)), (second, range(3, 6))):
+        for half, ks in zip((first, second), train.halves(groups.rewards[n]), strict=True):
             expected = autograd_sketch(moved, groups, (n, ks), matrices)
             assert (half[row] - expected).norm() <= 1e-4 * expected.norm() + 1e-7
 
@@ -485,6 +485,14 @@ def test_a_ratio_that_keeps_nothing_is_refused(small_world):
     with pytest.raises(rollout.BadInput, match="--sparse-ratio 1e-09 keeps no coordinate"):
         project.project(trajectories=small_world / "t", out=small_world / "g", k=64, sparse_ratio=1e-9)
     assert not (small_world / "g").exists()
+
+
+def test_an_embedding_that_scales_is_refused_where_its_weight_is_tied():
+    """As Gemma's: the output head has the same weight, but the embedding's part of the gradient would be lost."""
+    tiny = {"vocab_size": 41, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "head_dim": 8}
+    config = GemmaConfig(**tiny, num_attention_heads=2, num_key_value_heads=1)
+    with pytest.raises(rollout.BadInput, match=r"embed_tokens\.weight: per-prompt gradients support only"):
+        GradientSketcher(GemmaForCausalLM(config), k=K, sparse_ratio=1.0, seed=0)
 
 
 def test_layers_derived_from_linear_ones_are_refused(toy):

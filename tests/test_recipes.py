@@ -257,21 +257,22 @@ SAMPLING = {
     "dtype": "bfloat16",
     "seed": 1,
 }
+READING = {"limit": 50, "prompt_column": "family", "answer_column": "family", "skip_bad_rows": True}
 RECIPE = {
-    "rollout": {"model": "trained", "data": "valid-srt.jsonl", "limit": 50, "samples": 3, **SAMPLING},
+    "rollout": {"model": "trained", "data": "valid-srt.jsonl", "samples": 3, **READING, **SAMPLING},
     "project": {
         **{"trajectories": "others/t", "model": "trained", "ratio": "none", "cap": 2.0, "k": 32, "sparse_ratio": 0.5},
         **{"halves": 7, "dtype": "bfloat16", "seed": 1},
     },
     "select": {
         **{"data": "valid-srt.jsonl", "trajectories": "others/t", "gradients": "others/g", "selector": "pass-rate"},
-        **{"valid_gradients": ["others/gradients-valid-rev"], "frac": 0.2, "limit": 50, "stage": 2, "seed": 1},
-        "previous": "others/s.safetensors",
+        **{"valid_gradients": ["others/gradients-valid-rev"], "frac": 0.2, "stage": 2, "seed": 1},
+        **{"previous": "others/s.safetensors", "sign": "mean", **READING},
     },
     "train": {
         **{"selection": "others/s.safetensors", "model": "trained", "initial_model": "trained", "lr": 1e-4},
         **{"optimizer": "others/o/optimizer.safetensors", "data": "valid-srt.jsonl", "steps": 3, "batch_prompts": 9},
-        **{"samples": 4, "limit": 50, "iterations": 2, "max_grad_norm": 0.5, "clip": 0.1, "kl": 0.01, "entropy": 0.01},
+        **{"samples": 4, **READING, "iterations": 2, "max_grad_norm": 0.5, "clip": 0.1, "kl": 0.01, "entropy": 0.01},
         **{"gradient_checkpointing": True, **SAMPLING},
     },
     "run": {
@@ -281,10 +282,10 @@ RECIPE = {
     },
 }
 FREE = {
-    "rollout": {"batch_tokens": 700, "gpu_memory": 0.4, "max_errors": 0.5, "shard": 7},
-    "project": {"batch_tokens": 300},
+    "rollout": {"batch_tokens": 700, "gpu_memory": 0.4, "max_errors": 0.5, "shard": 7, "deterministic": True},
+    "project": {"batch_tokens": 300, "deterministic": True},
     "select": {},
-    "train": {"batch_tokens": 500, "gpu_memory": 0.4, "max_errors": 0.5, "save_every": 0.0},
+    "train": {"deterministic": True, "batch_tokens": 500, "gpu_memory": 0.4, "max_errors": 0.5, "save_every": 0.0},
     "run": {"save_every": 0.0},
 }
 EXTENT = {

@@ -58,9 +58,32 @@ PAIRS = [
     ("5", "\\boxed{5}\n\n#### Verification", True),
     ("5", r"$\boxed 5$", True),
     ("5", r"\fbox{5}", True),
-    ("5", r"\boxed{5 = x}", True),
-    ("11.5", r"\boxed{11 1/2}", True),
     ("1,2", r"\boxed{x=1 \text{ or } x=2}", True),
+    ("18", r"\boxed{18\,}", True),
+    ("18", r"\boxed{18\,\text{cm}}", True),
+    ("12", r"\boxed{12 apples}", True),
+    ("1.5", r"\boxed{1.5 hours}", True),
+    ("5", r"\boxed{5 \text{ m/s}}", True),
+    ("5", r"\boxed{5\text{ cm}^2}", True),
+    ("1/2", r"\boxed{1/2 \text{ of a mile}}", True),
+    ("18", r"\boxed{18" + " " * 250 + "}", True),
+    (r"50\%", r"\boxed{50 percent}", True),
+    ("50", r"\boxed{50 percent}", True),
+    ("0.5", r"\boxed{50 percent}", True),
+    ("0.5", r"\boxed{50 \text{ percent}}", True),
+    # words
+    ("East", r"\boxed{\text{East}}", True),
+    (r"\text{East}", r"\boxed{East}", True),
+    ("North", r"\boxed{north}", True),
+    ("no solution", r"\boxed{\text{no solution}}", True),
+    # equations and relations
+    ("18", r"\boxed{12 + 6 = 18}", True),
+    ("18", "12 + 6 = 18 #### 12 + 6 = 18", True),
+    ("y=2x+1", r"\boxed{2x+1=y}", True),
+    ("x>1", r"\boxed{(1,\infty)}", True),
+    ("(1,2)", r"\boxed{1<x<2}", True),
+    ("6", r"\boxed{2 \cdot 3}", True),
+    ("3,5", r"\boxed{3 \text{ and } 5}", True),
     # algebra, tuples, sets, intervals, matrices
     ("(x+1)^2", r"\boxed{x^2+2x+1}", True),
     ("x^2-1", r"\boxed{(x-1)(x+1)}", True),
@@ -80,7 +103,20 @@ PAIRS = [
     ("7", "#### 5, no:\n#### 7\nThat is all.", True),
     ("1200", "#### $1,200", True),
     ("7", r"#### 5 but \boxed{7}", True),
+    ("18", "#### Answer: 18", True),
+    ("18", "#### **Answer:** 18 dollars", True),
+    ("18", "#### The answer: $18", True),
+    ("18", "#### The final answer is 18.", True),
+    ("18", "#### Final Answer\n18", True),
+    ("18", "#### Final Answer\n\n**18**", True),
     # near, and wrong
+    ("East", r"\boxed{Seat}", False),
+    ("East", r"\boxed{\text{Seat}}", False),
+    (r"\text{East}", r"\boxed{\text{West}}", False),
+    ("3", r"\boxed{\text{three}}", False),
+    ("25", r"\boxed{20 percent}", False),
+    ("18", "#### Answer: 17", False),
+    ("18", r"\boxed{12 + 7 = 19}", False),
     ("1/3", r"\boxed{0.33}", False),
     (r"\pi", r"\boxed{3.14}", False),
     (r"\sqrt{2}", r"\boxed{1.414}", False),
@@ -107,13 +143,13 @@ PAIRS = [
     ("7", r"\boxed{5} rather than 7", False),
     ("7", "it is 7", False),  # in neither form
     ("7", r"\boxed{7} or maybe \boxed{8}", False),
-    ("11001_2", r"\boxed{11001_3}", False),
-    ("(1,2)", r"\boxed{\{1,2\}}", False),
-    ("5", r"\boxed{[5]}", False),
     ("9", r"\boxed{9 \text{ and a half}}", False),
     ("8", r"\boxed{8 \text{ hours and } 30 \text{ minutes}}", False),
+    ("8", r"\boxed{8\text{ hours }30\text{ minutes}}", False),
+    ("8", r"\boxed{8 hours 30 minutes}", False),
+    ("9", r"\boxed{9 and a half}", False),
+    ("1,234", r"\boxed{1,234 or 1,235}", False),
     ("5", r"\boxed{5 \text{ thousand}}", False),
-    ("5", r"\boxed{4=5}", False),
     ("7", r"\boxed{7 \text{ or } 8}", False),
     ("18", r"\boxed{18x}", False),
     # nothing there, or not to be parsed
@@ -136,15 +172,26 @@ PAIRS = [
     ("5", r"\boxed{" + "+".join(["x"] * 20_000) + "}", False),
     ("5", r"\boxed{(10^{10})!}", False),
     ("5", "#### " + "(" * 50_000, False),
+    ("18", r"\boxed{18" + " " * 27 + "!}", False),
+    ("18", r"\boxed{18" + "\\ " * 120 + "x1}", False),
     ("5", r"\boxed{" + r"\sqrt{" * 500 + "5" + "}" * 501, False),
+]
+# What math-verify says where a mathematician might not: we do not argue.
+MATH_VERIFY = [
+    ("5", r"\boxed{5 = x}", False),  # it looks on the right of the sign
+    ("5", r"\boxed{4=5}", True),
+    ("11.5", r"\boxed{11 1/2}", False),  # 11 · 1/2 + ...
+    ("11001_2", r"\boxed{11001_3}", True),  # bases are dropped
+    ("(1,2)", r"\boxed{\{1,2\}}", True),
+    ("5", r"\boxed{[5]}", True),
 ]
 
 
 def test_verdicts_are_a_mathematicians():
-    assert len(PAIRS) >= 80
+    assert len(PAIRS) >= 120
     verify("math", [{"prompt": "?", "answer": "1"}], [r"\boxed{1}"])  # starts the processes
     wrong, slow = [], []
-    for answer, completion, equal in PAIRS:
+    for answer, completion, equal in PAIRS + MATH_VERIFY:
         seconds = []
         while not seconds or (seconds[-1] > 1 and len(seconds) < 3):  # the machine may be busy
             start = time.perf_counter()
@@ -184,6 +231,9 @@ def hangs(completions, **columns):
     if completions[0] == "raise":
         raise KeyError("no such thing")
     return [1.0]
+
+def prompts_and_completions(prompts, completions, **columns):
+    return [float(prompts == ["p"] and completions == ["a"] and not columns)]
 
 def two(completions, **columns):
     return [1.0, 2.0]
@@ -226,6 +276,19 @@ def test_a_verdict_that_hangs_or_dies_costs_itself_alone(rewards):
     assert counts == {"errors": 2, "timeouts": 1}
     assert verdicts.tolist() == [float(text not in ("hang", "die", "raise")) for text in texts]
     assert time.perf_counter() - start < 120
+    verdicts, counts = verify(
+        f"{rewards}:prompts_and_completions", [{"prompt": "p", "prompts": 1, "completions": 2}], ["a"]
+    )
+    assert verdicts.tolist() == [1.0] and not any(counts.values())
+
+
+def test_a_hung_verdict_costs_its_limit_alone(rewards):
+    """Worker by worker: the next one does not import everything anew."""
+    rows, texts = [{"prompt": "p", "answer": "a"}] * 5, ["hang"] * 4 + ["a"]
+    verify(f"{rewards}:hangs", rows[:1], ["a"])  # starts the processes
+    start = time.perf_counter()
+    assert verify(f"{rewards}:hangs", rows, texts, seconds=0.5, allowed=4)[1]["timeouts"] == 4
+    assert time.perf_counter() - start < 4 * 1.5
     with pytest.raises(
         BadInput, match=r"1 errors, 1 timeouts in 2 of 3 verdicts, more than --max-errors; .*no such thing"
     ):

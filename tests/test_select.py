@@ -97,6 +97,17 @@ def test_equal_fused_scores_are_ordered_by_mean_cosine_then_by_index():
     assert np.argsort(-score, kind="stable").tolist() == [2, 0, 4, 3, 1, 5]
 
 
+def test_three_rules_for_the_sign_by_hand():
+    """Fewer are live than the top n = 4 of 5: `any` takes x2, which points away from both sets."""
+    cosine = np.array([[0.9, 0.5], [0.8, -0.1], [-0.7, -0.6], [0.2, -0.3], [np.nan, np.nan]])
+    scores = {sign: select.influence(cosine, 0.8, sign) for sign in ("any", "set", "mean")}
+    # ranks of the first set: x0 x1 x3 x2; of the second: x0 x1 x3 x2
+    np.testing.assert_allclose(scores["any"], [2, 1, 1 / 2, 2 / 3, np.nan], atol=1e-8)
+    np.testing.assert_allclose(scores["set"], [2, 1 / 2, np.nan, 1 / 3, np.nan], atol=1e-8)
+    np.testing.assert_allclose(scores["mean"], [2, 1, np.nan, np.nan, np.nan], atol=1e-8)
+    np.testing.assert_array_equal(select.inner_product(cosine, 0.8, "set"), scores["set"])
+
+
 def test_cosine_by_hand():
     sketch = np.array([[3.0, 4.0], [0.0, 0.0]], np.float32)
     np.testing.assert_allclose(select.cosines(sketch, np.array([[1.0, 0.0], [0.0, 2.0]])), [[0.6, 0.8], [0.0, 0.0]])
@@ -304,6 +315,20 @@ def test_baselines(scored):
     assert sorted(score[ranked], reverse=True) == score[ranked].tolist()
     rest = set(range(60)) - set(ranked)
     assert score[ranked].min() >= max(rates[i] * (1 - rates[i]) for i in rest) - 1e-6
+
+
+def test_hardest_and_the_longest_gradients(scored):
+    stored = load_all(scored / "train")
+    rates = dict(zip(stored.prompt_index.tolist(), stored.rewards.mean(1).tolist(), strict=True))
+    hardest, _ = run_select(scored, "hardest", selector="hardest", frac=0.2)
+    solved_at_all = sorted(rate for rate in rates.values() if rate > 0)
+    assert [rates[i] for i in hardest["ranked"].tolist()] == solved_at_all[:12]
+    longest, _ = run_select(scored, "grad-norm", selector="grad-norm", frac=0.1)
+    gradients = load_folder(scored / "gradients-train", "gradients")
+    order = gradients["prompt_index"][np.argsort(-gradients["grad_norm"])]
+    assert longest["ranked"].tolist() == order[:6].tolist()
+    inner, _ = run_select(scored, "inner", selector="inner", frac=0.1)
+    assert inner["ranked"].tolist() != run_select(scored)[0]["ranked"].tolist()
 
 
 def test_equal_pass_rates_are_ordered_at_random():

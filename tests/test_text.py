@@ -210,3 +210,59 @@ def test_names_of_the_hub(monkeypatch):
     assert asked == [("some/set", {"name": config, "split": split}) for config, split in expected]
     names = cropi.set_names(["openai/gsm8k:main:test", "a=x/y:z:train[:5]", "/some/test-b.jsonl"], "test-")
     assert names == {"gsm8k": "openai/gsm8k:main:test", "a": "x/y:z:train[:5]", "b": "/some/test-b.jsonl"}
+
+
+def test_numbers_keep_the_text_of_the_file(tmp_path):
+    lines = ['{"prompt": "a", "answer": 72}', '{"prompt": "b", "answer": 72.50}', '{"prompt": "c", "answer": 1e3}']
+    (tmp_path / "d.jsonl").write_text("\n".join(line[:-1] + ', "weight": 0.5}' for line in lines))
+    rows = load_prompts(tmp_path / "d.jsonl")
+    assert [row["answer"] for row in rows] == ["72", "72.50", "1e3"]
+    assert [2 * row["weight"] for row in rows] == [1.0] * 3
+    (tmp_path / "d.csv").write_text("prompt,answer,weight\na,007,0.5\n")
+    assert load_prompts(tmp_path / "d.csv")[0] == {"prompt": "a", "answer": "007", "weight": 0.5}
+
+
+def test_bad_rows_are_refused_or_dropped_and_counted(tmp_path, capsys):
+    rows = [{"prompt": "a", "answer": "1"}, {"prompt": "b", "answer": None}, {"answer": "2"}, 7, {"prompt": "c"}]
+    (tmp_path / "d.json").write_text(json.dumps(rows))
+    with pytest.raises(
+        BadInput, match=r"d.json, row 2: no 'answer', or an empty one .*--skip-bad-rows drops such rows"
+    ):
+        load_prompts(tmp_path / "d.json")
+    kept = load_prompts(tmp_path / "d.json", skip_bad_rows=True)
+    assert [row["prompt"] for row in kept] == ["a"]
+    assert "d.json: 4 of 5 rows dropped, which lack a prompt or an answer" in capsys.readouterr().out
+
+
+def test_columns_by_name_and_messages(tmp_path):
+    chat = [{"role": "user", "content": "1+1"}, {"role": "assistant", "content": "It is 2."}]
+    row = {"messages": chat, "task": "2+2", "gold": {"value": 4}, "answer": "2"}
+    (tmp_path / "d.jsonl").write_text(json.dumps(row))
+    (ours,) = load_prompts(tmp_path / "d.jsonl")
+    assert (ours["prompt"], ours["answer"]) == (chat[:1], "2")  # without the solution
+    (ours,) = load_prompts(tmp_path / "d.jsonl", prompt_column="task", answer_column="gold.value")
+    assert (ours["prompt"], ours["answer"]) == ("2+2", "4")
+    with pytest.raises(BadInput, match=r"row 1: no 'prompt', or an empty one .looked for prompt: absent; answer: "):
+        load_prompts(tmp_path / "d.jsonl", prompt_column="absent")
+
+
+def test_the_example_of_ones_own_data_reward_and_selector(tmp_path):
+    """The command of toy/examples/README.md, as it stands there."""
+    text = (ROOT / "toy/examples/README.md").read_text()
+    command = text.split("<!-- example command -->\n```bash\n")[1].split("```")[0]
+    command = command.replace("python ", f"{sys.executable} ", 1).replace("runs/example", str(tmp_path / "run"))
+    done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert report["targeted"] == ["rev"] and len(report["evaluations"]) == 3
+    assert [entry["chosen"] for entry in report["evaluations"][1:]] == [15, 15]
+    stored = load_all(tmp_path / "run" / "rollouts" / "train").rewards
+    assert len(np.unique(stored)) > 2  # the reward of the example is no mere right or wrong
+
+
+def test_characters_that_the_tokenizer_lacks_are_said(toy, capsys):
+    rows = [{"prompt": text} for text in ("cpy(12)=", "cpy(Zé)=", "cpy(Z)=")]
+    encode_prompts(toy[1], rows, source="d.jsonl")
+    assert "warning: d.jsonl: the tokenizer lacks 'Zé', which 2 of 3 prompts have" in capsys.readouterr().out
+    encode_prompts(toy[1], rows[:1])
+    assert not capsys.readouterr().out
