@@ -48,7 +48,7 @@ prompt costs little more than the backward pass it rides on (`bench/speed.py`).
 What is covered: every nn.Linear and nn.Embedding. Other parameters of one dimension, the norms' gains, are left out. A
 model with other weight matrices (fused experts, convolutions, layers derived from those two) is refused.
 
-Why this projection (`bench/projection.py`: the toy after two stages, precision of the top 10% against exact full gradients):
+Why this one (`bench/projection.py`: the toy after two stages, precision of the top 10% against exact full gradients):
 
                               k = 4096   r = 0.1    r = 1       k = 32768   r = 0.1    r = 1
     here                                  0.86       0.92                    0.93       0.96

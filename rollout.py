@@ -370,8 +370,15 @@ class _Float(float):
 
 def _read_json(path: Path) -> list:
     """A list, or one object per line; `datasets` would make 72 beside 72.5 a 72.0."""
-    text, parse = path.read_text("utf-8-sig").strip(), functools.partial(json.loads, parse_float=_Float)
-    return parse(text) if text.startswith("[") else [parse(line) for line in text.split("\n") if line.strip()]
+    text, parse, rows = path.read_text("utf-8-sig"), functools.partial(json.loads, parse_float=_Float), []
+    if text.lstrip().startswith("["):
+        return parse(text)
+    for number, line in enumerate(text.split("\n"), 1):
+        try:
+            rows += [parse(line)] if line.strip() else []
+        except ValueError as error:
+            raise ValueError(f"line {number} is not JSON: {error}") from None
+    return rows
 
 
 def _read_table(source: str, names: tuple) -> list[dict]:

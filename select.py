@@ -16,9 +16,9 @@ Writes  the n chosen of the pool's N prompts, and the scores of all, NaN where t
     cosine    float64 (N,V)   with each validation set
     rank      int64   (N,V)   by this cosine among the live prompts, 1 is best, 0 marks a dead prompt
 
-The facts and a printed table hold `diagnostics`: how stale the trajectories are, how far two halves of them agree on the
-ranking, and what else it resembles; with a warning where it should not be trusted. (The halves of a group share the mean
-and the standard deviation of its rewards, so they are not quite independent.)
+The facts and a printed table hold `diagnostics`: how stale the trajectories are, how far two halves of them agree on
+the ranking, and what else it resembles; with a warning where it should not be trusted. (The halves of a group share the
+mean and the standard deviation of its rewards, so they are not quite independent.)
 
 A step of size η along the gradient of x changes the validation objective by η⟨∇J_V, ∇J_x⟩ (1). It is replaced by
 
@@ -84,9 +84,9 @@ else:
     import rollout
     from rollout import RANK, Array, BadInput, require
 
-# Where to warn. On the bundled world (bench/drift.py; K = 8, answers of up to 8 tokens) the second is crossed after some
-# 40 steps, the first after some 80. From there on the selection shares 0.45, then 0.34, later 0.27 of its prompts with
-# one from many fresh trajectories, where 8 fresh ones a prompt would share 0.57, 0.52, later 0.43.
+# Where to warn. On the bundled world (bench/drift.py; K = 8, answers of up to 8 tokens) the second is crossed after
+# some 40 steps, the first after some 80. From there on the selection shares 0.45, then 0.34, later 0.27 of its prompts
+# with one from many fresh trajectories, where 8 fresh ones a prompt would share 0.57, 0.52, later 0.43.
 STALE = 0.65  # effective sample size of trajectories
 VALID_STALE = 0.4  # ... of the worst validation set
 SOLVED = 0.95  # mean reward of a validation set without a live prompt, from where on it is solved
@@ -186,8 +186,8 @@ SELECTORS: dict[str, Callable[..., Array]] = {
     "learnability": learnability,
     "hardest": hardest,
 }
-# What a selector may ask for, and which files each needs: the data; trajectories as well; gradients of the pool as well;
-# gradients of the validation sets as well.
+# What a selector may ask for, and which files each needs: the data; trajectories as well; gradients of the pool as
+# well; gradients of the validation sets as well.
 DATA, TRAJECTORIES, GRADIENTS, VALIDATION = range(4)
 NEEDS = dict.fromkeys(("rows", "random", "stage", "previous", "frac", "sign"), DATA)
 NEEDS |= dict.fromkeys(("pass_rate", "length", "truncated"), TRAJECTORIES)

@@ -39,7 +39,7 @@ sys.path.insert(0, str(ROOT))
 import cropi  # noqa: E402
 import rollout  # noqa: E402
 from cropi import select  # noqa: E402
-from rollout import BadInput, above_zero, command_line, load_prompts, require  # noqa: E402
+from rollout import BadInput, above_zero, command_line, require  # noqa: E402
 
 
 def defaults(script: str) -> dict:
@@ -116,7 +116,7 @@ def plan(
         if name in given:
             require(given[name].isdigit(), f"--prompts {name}={given[name]}: not a number")
             return int(given[name])
-        return len(load_prompts(source, run["limit"]))
+        return len(cropi.read(settings, "rollout" if name == "train" else name.partition("-")[0], source))
 
     pool = count("train", run["pool"])
     sets = {kind: cropi.set_names(run[kind], f"{kind}-").items() for kind in ("valid", "test")}
@@ -165,22 +165,19 @@ def plan(
             scored, tokens = passes * live * groups, max(score["batch_tokens"], p + roll["max_tokens"])
             memory = weights + costs.weights + 6 * costs.largest + 8 * score["k"] * min(roll["shard"], groups)
             memory += tokens * (costs.activations + 12 * costs.vocabulary)
-            halved = passes * live * min(score["halves"], groups) if what == "pool" and samples % 2 == 0 else 0
+            halved = passes * live * min(score["halves"], groups) if samples % 2 == 0 else 0
             add(f"scoring, {what}", scored, samples, 3, tflops, memory, (scored + halved) * 4 * score["k"])
     chosen = pool if run["selector"] == "full" else max(1, round(run["frac"] * pool))
     drawn = stages * step["steps"] * min(step["batch_prompts"], chosen)
     held = (20 if step["kl"] else 16) * costs.weights
     add("training, sampling", drawn, step["samples"], 1, rollout_tflops, held + vllm, 0)
     activations, passes = costs.activations, 3
-    groups, samples = live * drawn, step["samples"]
-    if step["gradient_checkpointing"]:  # one more pass forward, and each completion with its own prompt
+    if step["gradient_checkpointing"]:  # one more pass forward
         activations, passes = activations / costs.layers + 4 * costs.layers * costs.width, 4
-        groups, samples = groups * samples, 1
     passes = passes * step["iterations"] + (step["iterations"] if step["kl"] else 0)
     memory = held + max(step["batch_tokens"], p + step["max_tokens"]) * (activations + 20 * costs.vocabulary)
     kept = 4 * stages + 8 * min(stages, run["keep_states"] + 1) + 24  # bytes a weight
-    add("training, updates", groups, samples, passes, tflops, memory, kept * costs.weights)
-    rows[-1]["prompts"] = live * drawn
+    add("training, updates", live * drawn, step["samples"], passes, tflops, memory, kept * costs.weights)
     add_rollouts("evaluation", (stages + 1) * test, settings["test"]["samples"])
     total = {key: sum(row[key] for row in rows) for key in ("prompts", "tokens", "flops", "hours", "disk")}
     rows.append({"what": "all", **total, "memory": max(row["memory"] for row in rows)})

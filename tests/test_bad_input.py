@@ -94,7 +94,7 @@ def test_rollout(refused, world, tmp_path):
             ('{"prompt": "rev(12)=", "answer": true}\n', "'answer'"),
             ('{"answer": "21"}\n', "'prompt'"),
             ('["rev(12)=", "21"]\n', "'prompt'"),
-            ('{"prompt": "rev(12)=", "answer": "21"}\n{"prompt": \n', "JSON parse error"),
+            ('{"prompt": "rev(12)=", "answer": "21"}\n{"prompt": \n', "line 2 is not JSON: Expecting value"),
             ('{"prompt": "???", "answer": "21"}\n', "1 of 1 prompts dropped: empty"),
         ]
     ):
@@ -328,9 +328,13 @@ def test_select(refused, world, tmp_path):
     refused("select", *out, *pool, *gradients, "--previous", w / "no.safetensors", says="no.safetensors: no such file")
     refused("select", *out, *pool, *gradients, "--previous", w / "g/00000.safetensors", says="holds gradients, where")
     project.project(trajectories=w / "v", out=tmp_path / "k", k=32)
-    refused("select", *out, *pool, *gradients[:2], "--valid-gradients", tmp_path / "k", says="another projection")
+    refused(
+        "select", *out, *pool, *gradients[:2], "--valid-gradients", tmp_path / "k", says="temperature or projection"
+    )
     project.project(trajectories=w / "v", out=tmp_path / "seed", k=64, seed=1)
-    refused("select", *out, *pool, *gradients[:2], "--valid-gradients", tmp_path / "seed", says="another projection")
+    refused(
+        "select", *out, *pool, *gradients[:2], "--valid-gradients", tmp_path / "seed", says="temperature or projection"
+    )
     train.train(selection=w / "s.safetensors", data=str(w / "train.jsonl"), out=tmp_path / "stage", steps=1)
     project.project(trajectories=w / "v", model=tmp_path / "stage/model", out=tmp_path / "moved", k=64)
     refused("select", *out, *pool, *gradients[:2], "--valid-gradients", tmp_path / "moved", says="another model")
@@ -390,7 +394,7 @@ def test_selectors(refused, world, tmp_path):
     run = ("cropi", "run", *sets, "--stages", 1, "--set", "test.samples=1", "--out")
     select = ("select", "--data", w / "train.jsonl", "--out")
     for selector, says in {
-        "best": "no selector 'best'; it is one of influence, full, random, pass-rate, learnability or FILE.py:FUNCTION",
+        "best": "no selector 'best'; it is one of influence, inner, grad-norm, full, random, pass-rate, learnability, hardest or FILE.py:FUNCTION",
         "": "no selector ''",
         "mine.py": "no selector 'mine.py'",
         f"{tmp_path / 'no.py'}:score": f"no file {tmp_path / 'no.py'}",
