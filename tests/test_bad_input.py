@@ -394,7 +394,7 @@ def test_selectors(refused, world, tmp_path):
     run = ("cropi", "run", *sets, "--stages", 1, "--set", "test.samples=1", "--out")
     select = ("select", "--data", w / "train.jsonl", "--out")
     for selector, says in {
-        "best": "no selector 'best'; it is one of influence, inner, grad-norm, full, random, pass-rate, learnability, hardest or FILE.py:FUNCTION",
+        "best": f"no selector 'best'; it is one of {', '.join(cropi.select.SELECTORS)} or FILE.py:FUNCTION",
         "": "no selector ''",
         "mine.py": "no selector 'mine.py'",
         f"{tmp_path / 'no.py'}:score": f"no file {tmp_path / 'no.py'}",
@@ -413,7 +413,7 @@ def test_selectors(refused, world, tmp_path):
         "column": "returned shape (60, 1), not (60,)",
         "number": "returned shape (), not (60,)",
         "short": "returned shape (59,), not (60,)",
-        "unknown": "returned nothing but NaN, so nothing can be chosen",
+        "unknown": "mine.py:unknown can choose no prompt",
         "words": "raised ValueError: could not convert string to float",
         "nothing": "returned ",
         "ragged": "raised ValueError",
