@@ -260,7 +260,7 @@ def rollout(
         sums = totals(out)
         mean, cut = (sums[name] / sums["trajectories"] for name in ("rewards", "truncated"))
         said = f"{sums['trajectories'] // samples} prompts x {samples}, mean reward {mean:.3f}, {sums['live']} live"
-        ways = "no answer has room enough: raise --max-tokens (cropi.py run: --set rollout.max_tokens=N)"
+        ways = "more than half of the answers were cut off: raise --max-tokens (--set rollout.max_tokens=N)"
         failed = f", {sums['errors']} verdict errors, {sums['timeouts']} timeouts" if reward != "exact" else ""
         say(f"{out}: {said} prompts, {cut:.1%} truncated{failed}" + (f"\nwarning: {ways}" if cut > 0.5 else ""))
 

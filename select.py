@@ -539,11 +539,8 @@ def choose(
     solved = mute and all(why.startswith("solved") for why in silent.values())
     ended = "" if len(ranked) else "all validation sets are solved" if solved else f"{selector} can choose no prompt"
     if ended and not solved:
-        reasons = [
-            f"{trajectories} is {why}" if trajectories and (why := why_silent(trajectories)) else "",
-            *silent.values(),
-        ]
-        ended += "".join(f"; {reason}" for reason in reasons if reason)
+        why = why_silent(trajectories) if trajectories else ""
+        ended = "; ".join([ended, *([f"{trajectories} is {why}"] if why else []), *silent.values()])
         require(known["stage"] > 1, ended)
     tensors = {"ranked": ranked, "score": score, "pass_rate": known["pass_rate"]}
     if known["previous"] is not None and len(ranked):

@@ -1,11 +1,11 @@
 """The study: arms × seeds, each a run of cropi.py, one after another.
 
-    python bench/ablate.py                  # seven arms, five seeds, eight stages: about 40 minutes on two cores
+    python bench/ablate.py                  # ten arms, five seeds, eight stages: about an hour on two cores
     python bench/ablate.py --quick          # three arms, three seeds, four stages of 20 steps: about four
     python bench/ablate.py --arm "full=--selector full" --arm "hot=--set train.lr=2e-4" --seeds 2 -- --frac 0.2
     python bench/compare.py runs/study      # then: table, figure, acceleration
 
-An arm is a name and options of `cropi.py run`. `--arm` replaces the seven of the study by arms of your own; what stands
+An arm is a name and options of `cropi.py run`. `--arm` replaces the ten of the study by arms of your own; what stands
 after `--` goes to every run. One folder holds the study: a run folder ARM-SEED and a log ARM-SEED.log each, and
 study.json, which says what the arms were. The same command resumes a study that was stopped, and makes only what is
 missing; with other options, a study or a run in it is refused, by name.
@@ -41,6 +41,9 @@ ARMS = {
     "random": "--selector random",
     "pass-rate": "--selector pass-rate",
     "learnability": "--selector learnability",
+    "hardest": "--selector hardest",
+    "inner": "--selector inner",
+    "grad-norm": "--selector grad-norm",
 }
 QUICK = ("influence", "full", "random")
 app = typer.Typer(**rollout.PLAIN)

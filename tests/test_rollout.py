@@ -1,15 +1,20 @@
 """Rollouts against transformers' own logits, against themselves in another batch or shard; and the files' one rule."""
 
 import os
+import re
+import subprocess
+import sys
 from collections import Counter
 
 import numpy as np
 import pytest
 import torch
-from conftest import TEMPERATURE, every, load_all, load_folder, sample, sequence
+from conftest import ROOT, TEMPERATURE, every, load_all, load_folder, sample, sequence
 from safetensors.numpy import load_file
+from transformers import AutoModelForCausalLM, Lfm2Config, MambaConfig, MistralConfig, MistralForCausalLM
 
 import rollout
+import train
 from rollout import TOY, BadInput, TransformersEngine, load_prompts, load_trajectories
 
 
@@ -227,3 +232,56 @@ def test_any_of_several_end_tokens_ends_a_completion(toy):
     [completions] = engine.generate([ids], [0], samples=50, max_tokens=8, temperature=1.0, seed=[0])
     assert any(c.tokens[-1] == b for c in completions)
     assert all(b not in c.tokens[:-1] for c in completions)
+
+
+def test_recurrent_and_convolutional_models_are_refused(toy, tmp_path):
+    """A prompt and its completions share a row (train.py), which only attention can keep apart."""
+    for name, config in {
+        "mamba": MambaConfig(vocab_size=41, hidden_size=16, num_hidden_layers=1, state_size=4),
+        "lfm2": Lfm2Config(
+            **{"vocab_size": 41, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2},
+            **{"num_attention_heads": 2, "num_key_value_heads": 1, "layer_types": ["conv", "full_attention"]},
+        ),
+    }.items():
+        AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / name)
+        toy[1].save_pretrained(tmp_path / name)
+        with pytest.raises(
+            rollout.BadInput, match=f"{name}: (this model has conv; only attention|cannot load .*Mamba)"
+        ):
+            rollout.load_model(tmp_path / name)
+
+
+def test_prompts_fit_into_an_attention_window_with_their_answers(toy, tmp_path, capsys):
+    """Within it, the log-probs of a packed group are the model's own."""
+    config = MistralConfig(
+        **{"vocab_size": 41, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "sliding_window": 17},
+        **{"num_attention_heads": 2, "num_key_value_heads": 1, "eos_token_id": toy[0].config.eos_token_id},
+    )
+    torch.manual_seed(0)
+    MistralForCausalLM(config).save_pretrained(tmp_path / "m")
+    toy[1].save_pretrained(tmp_path / "m")
+    data = str(TOY / "train.jsonl")
+    rollout.rollout(out=tmp_path / "t", model=tmp_path / "m", data=data, limit=200, samples=4)
+    assert re.search(r"prompts dropped: empty, or longer than 9 tokens .the model's 17 less", capsys.readouterr().out)
+    model, stored = rollout.load_model(tmp_path / "m")[0], load_all(tmp_path / "t")
+    assert 0 < len(stored.rewards) < 200 and set(stored.prompt_length.tolist()) == {9}
+    batch = train.collate(stored, [(n, range(4)) for n in range(len(stored.rewards))], model.device)
+    with torch.no_grad():
+        logps = train.completion_logps(model, batch, 1.0)[1]
+    torch.testing.assert_close(logps, batch.behavior_logps, atol=3e-5, rtol=0)
+
+
+def test_answers_that_have_no_room_are_warned_of(small_world, capsys):
+    options = {"data": str(small_world / "train.jsonl"), "samples": 2}
+    rollout.rollout(out=small_world / "t", max_tokens=1, **options)
+    assert "warning: more than half of the answers were cut off: raise --max-tokens" in capsys.readouterr().out
+    rollout.rollout(out=small_world / "u", **options)
+    assert "warning" not in capsys.readouterr().out
+
+
+def test_deterministic_algorithms_are_asked_for(tmp_path):
+    """In a process of its own, since it holds for all of it."""
+    options = ["--data", "toy/test-rev.jsonl", "--limit", "3", "--out", tmp_path / "t", "--deterministic"]
+    code = "import torch, rollout as r; r.command_line(r.app); print(torch.are_deterministic_algorithms_enabled())"
+    done = subprocess.run([sys.executable, "-c", code, *options], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "True"
