@@ -33,8 +33,9 @@ Deviations from the paper (and from its released code):
  1. Equal fused scores are ordered by mean cosine (released: the first set's prompt).
  2. n is rounded (released: rounded down), and counts over one pool (released: n of each training data set).
  3. All live validation prompts count (released: at most 100).
- 4. `--sign any` is the paper's rule. Its ranks do not see a cosine's sign: where fewer than n prompts are live, it also
-    takes those that point away from every set. `set` and `mean` do not.
+ 4. A set's ranks count only where the cosine is positive (`--sign set`). The paper's rule is `any`: where fewer than n
+    prompts are live, it also takes those that point away from every set. On the toy the two are equal at the defaults,
+    0.82 in targeted accuracy; at frac = 0.5 `any` has 0.70, `set` 0.76. `mean`, of positive mean cosine: 0.81 and 0.78.
  5. A validation set without a live prompt does not score: it is solved where its mean reward is at least 0.95, else
     stuck. If that leaves no set, or no prompt, the curriculum ends.
 
@@ -419,7 +420,7 @@ def select(
     valid_gradients: list[Path] = [],
     selector: Selector = "influence",
     frac: rollout.Share = 0.1,
-    sign: Literal["any", "set", "mean"] = "any",
+    sign: Literal["any", "set", "mean"] = "set",
     limit: rollout.MaybeCount = None,
     prompt_column: str | None = None,
     answer_column: str | None = None,

@@ -267,7 +267,7 @@ RECIPE = {
     "select": {
         **{"data": "valid-srt.jsonl", "trajectories": "others/t", "gradients": "others/g", "selector": "pass-rate"},
         **{"valid_gradients": ["others/gradients-valid-rev"], "frac": 0.2, "stage": 2, "seed": 1},
-        **{"previous": "others/s.safetensors", "sign": "mean", **READING},
+        **{"previous": "others/s.safetensors", "sign": "any", **READING},
     },
     "train": {
         **{"selection": "others/s.safetensors", "model": "trained", "initial_model": "trained", "lr": 1e-4},

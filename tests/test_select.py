@@ -289,7 +289,7 @@ def test_a_single_validation_prompt_and_odd_samples(small_world):
 
 
 def test_dead_prompts_are_never_chosen_by_influence(scored):
-    tensors, _ = run_select(scored, frac=1.0)
+    tensors, _ = run_select(scored, frac=1.0, sign="any")
     live = load_all(scored / "train").live()
     assert sorted(tensors["ranked"].tolist()) == live.tolist()
     assert len(live) < 60
@@ -344,7 +344,7 @@ def test_worked_examples_of_the_docstrings():
 
 
 def test_csv_says_the_same_to_people(scored):
-    tensors, _ = run_select(scored, frac=0.1)
+    tensors, _ = run_select(scored, frac=0.1, sign="any")
     rows = load_prompts(scored / "train.jsonl")
     with open(scored / "selection.csv", newline="") as file:
         lines = list(csv.DictReader(file))
