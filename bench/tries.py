@@ -241,7 +241,7 @@ def follow(
     targeted = [name for name in run.test if name in run.valid]
     rollout.check_out(out)
     with cropi.locked(out):
-        recipe, begun = cropi.run_recipe(run, prompts, None), out / "run.safetensors"
+        recipe, begun = cropi.run_recipe(run, prompts), out / "run.safetensors"
         recipe["code"] = recipe["code"] | CODE
         recipe["options"] = recipe["options"] | {"variant": variant}
         if not rollout.is_made(begun, recipe):

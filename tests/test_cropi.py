@@ -420,7 +420,7 @@ def test_a_selector_of_ones_own(small_world, capsys, monkeypatch):
         "model": ROOT / "toy/model",
     }
     cropi.run(**sets, selector="elsewhere/mine.py:other", seed=3, stages=1, assignments=SMALL)
-    assert chosen_of(small_world / "runs/mine-3/stage-01") == [59, 58, 57, 56, 55, 54]
+    assert chosen_of(small_world / "runs/mine-other-3/stage-01") == [59, 58, 57, 56, 55, 54]
 
 
 @pytest.mark.parametrize("selector", ["influence", "random"])

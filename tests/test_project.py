@@ -434,7 +434,7 @@ def test_diagnostics_by_brute_force(small_world, moved, toy):
         assert tensors[name].tolist() == pytest.approx(values, rel=1e-3, abs=1e-6), name
     means = {name: np.mean(values) for name, values in expected.items()}
     means |= {"largest_change": max(expected["largest_change"]), "live_prompts": len(live)}
-    assert cropi.select.of_gradients(out, [], 60)[1] == pytest.approx(means, rel=1e-3)
+    assert cropi.select.of_gradients(out, {}, 60)[1] == pytest.approx(means, rel=1e-3)
     count = len(tensors["half_index"])
     assert 0 < count < 15 and tensors["half_sketch"].shape == (count, 64) and set(tensors["half_index"]) < set(live)
 

@@ -303,10 +303,10 @@ FUNCTIONS = {
 OTHERWISE = {
     ("project", "trajectories"): r"00000.safetensors was made with shard\.trajectories ",
     ("select", "data"): "was made from other data than",
-    ("select", "limit"): "was made from other data than",
+    **{("select", name): "was made from other data than" for name in ("limit", "prompt_column", "answer_column")},
     ("select", "trajectories"): "was made from other trajectories than those given",
     ("train", "data"): "was made from other data than",
-    ("train", "limit"): "was made from other data than",
+    **{("train", name): "was made from other data than" for name in ("limit", "prompt_column", "answer_column")},
     ("run", "pool"): r"run.safetensors was made with inputs\.train ",
     ("run", "assignments"): r"run.safetensors was made with options\.train.lr 5e-05, now 0.0001; ",
     ("run", "engine"): r"run.safetensors was made with options\.rollout.engine hf, now vllm",
