@@ -341,18 +341,17 @@ def _load_rows(source: str, written: int | None, names: tuple, skip_bad_rows: bo
         hint = "; a data set of the Hub is NAME[:CONFIG[:SPLIT]], a local one ends in .jsonl, .csv ..."
         hint = "" if Path(source).suffix in FILES else hint
         raise BadInput(f"{source}: cannot load this data set ({reason}){hint}") from None
-    rows, bad = [], []
-    for number, row in enumerate(table, 1):
-        usable = {column: _usable(row, looked_for, column) for column, looked_for in names}
-        lacking = [column for column, value in usable.items() if not value]
-        bad += [f"row {number}: no {column!r}, or an empty one" for column in lacking[:1]]
-        rows += [] if lacking else [row | usable]
-    looked = "; ".join(f"{column}: {', '.join(looked_for)}" for column, looked_for in names)
-    ways = f"(looked for {looked}); --prompt-column and --answer-column name others, --skip-bad-rows drops such rows"
-    require(not bad or skip_bad_rows, f"{source}, {''.join(bad[:1])} {ways}")
+    usable = [{column: _usable(row, looked_for, column) for column, looked_for in names} for row in table]
+    rows = [row | parts for row, parts in zip(table, usable, strict=True) if all(parts.values())]
+    bad = [(number, column) for number, parts in enumerate(usable, 1) for column in parts if not parts[column]]
+    if bad and not skip_bad_rows:
+        looked = "; ".join(f"{column}: {', '.join(looked_for)}" for column, looked_for in names)
+        ways = "--prompt-column and --answer-column name others, --skip-bad-rows drops such rows"
+        no = "row {}: no {!r}, or an empty one".format(*bad[0])
+        raise BadInput(f"{source}, {no} (looked for {looked}); {ways}")
     require(bool(rows), f"{source}: no prompts in it")
     if bad:
-        say(f"{source}: {len(bad)} of {len(table)} rows dropped, which lack a prompt or an answer")
+        say(f"{source}: {len(table) - len(rows)} of {len(table)} rows dropped, which lack a prompt or an answer")
     return rows
 
 
@@ -399,8 +398,7 @@ def _usable(row: object, names: Sequence[str], column: str) -> str | list | None
     """The prompt or the answer of a row: the first of these columns that has one; None if that will not do."""
     value = next((v for v in (_look_up(row, name) for name in names) if v is not None), None)
     if column == "answer":
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        return str(value) if number else value if isinstance(value, str) else None
+        return str(value) if isinstance(value, str | int | float) and not isinstance(value, bool) else None
     while _is_chat(value) and value and value[-1]["role"] == "assistant":  # `messages` that end with a solution
         value = value[:-1]
     return value if isinstance(value, str) or _is_chat(value) else None

@@ -91,7 +91,7 @@ else:
 STALE = 0.65  # effective sample size of trajectories
 VALID_STALE = 0.4  # ... of the worst validation set
 SOLVED = 0.95  # mean reward of a validation set without a live prompt, from where on it is solved
-NOISY = 0.2  # split-half overlap of the top 10%: twice chance; a convention, no run of the bundled world came near it
+NOISY = 0.2  # split-half overlap of the top 10%: twice chance; the bundled world begins at 0.7 and falls to some 0.3
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -386,7 +386,7 @@ def table(diagnostics: dict[str, float]) -> str:
     """The diagnostics by name, for people."""
     lines = []
     for name in [name for name in MEANINGS if name in diagnostics]:
-        values = [f"{diagnostics[n]:.3g}" if n in diagnostics else "" for n in (name, f"valid_{name}")]
+        values = [f"{diagnostics[n]:.4g}" if n in diagnostics else "" for n in (name, f"valid_{name}")]
         lines.append(f"    {name:21}{values[0]:>8}{values[1]:>8}   {MEANINGS[name]}")
     return "\n".join(lines)
 

@@ -161,7 +161,7 @@ def collate(trajectories: Trajectories, pieces: Sequence[Piece], device: torch.d
     for p, prompt in enumerate(prompts):
         place = np.s_[p, left - len(prompt) : left]
         ids[place], position[place], segment[place] = prompt, np.arange(len(prompt)), 0
-    i = np.flatnonzero(t < fed[s])
+    i = np.flatnonzero(t < fed[s])  # tokens that are inputs, too
     place = piece[s[i]], left + ahead[s[i]] + t[i]
     ids[place], segment[place] = trajectories.tokens[stored[i]], 1 + s[i]
     position[place] = trajectories.prompt_length[groups][piece[s[i]]] + t[i]
@@ -247,7 +247,7 @@ def shared_prompt_attention(
 
 AttentionInterface.register(shared_prompt_attention.__name__, shared_prompt_attention)
 AttentionMaskInterface.register(shared_prompt_attention.__name__, sdpa_mask)
-LONG = 1024  # tokens. With a random Qwen2 of 23M, time x 0.77 at 1,273, x 0.93 at 500; shorter rows share a batch
+LONG = 1024  # tokens of a row; two calls are faster from some 500 on, but shorter rows can share a batch
 
 
 def completion_logps(model: PreTrainedModel, batch: Batch, temperature: float) -> tuple[Tensor, Tensor]:
@@ -257,21 +257,21 @@ def completion_logps(model: PreTrainedModel, batch: Batch, temperature: float) -
     Raises:
         BadInput: NaN or infinity, naming the prompts.
     """
-    segment, (rows, width) = batch.segment, batch.ids.shape
-    if rows == 1 and width > LONG:
+    segment, (rows, width), options = batch.segment, batch.ids.shape, {}
+    if rows == 1 and width > LONG:  # no padding; an empty mask, which is not used
         model.set_attn_implementation(shared_prompt_attention.__name__)
-        seen, widths = segment.new_zeros(1, 0, 0).bool(), segment.unique_consecutive(return_counts=True)[1].tolist()
+        options["widths"] = segment.unique_consecutive(return_counts=True)[1].tolist()
+        seen = segment.new_zeros(1, 0, 0).bool()
     else:
         before = torch.ones(width, width, dtype=torch.bool, device=segment.device).tril()
         seen = before & ((segment[:, :, None] == segment[:, None]) | (segment[:, None] == 0))  # (P, W, W): query, key
-        widths = None
     logits = model(
         input_ids=batch.ids,
         attention_mask=seen[:, None],
         position_ids=batch.position,
         use_cache=False,
         logits_to_keep=int(batch.source.max()) + 1,
-        widths=widths,
+        **options,
     ).logits
     all_logps = torch.log_softmax(logits.float() / temperature, -1)
     logps = all_logps[batch.row, batch.source, batch.tokens]
