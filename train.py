@@ -144,17 +144,17 @@ class Batch:
 
 def collate(trajectories: Trajectories, pieces: Sequence[Piece], device: torch.device) -> Batch:
     """Lay the pieces out in rows. A trajectory's advantage is that in its whole group, whatever the piece."""
-    groups = [n for n, _ in pieces]
-    prompts, samples = [trajectories.prompt(n) for n in groups], trajectories.samples
-    spans = [trajectories.span(n, k) for n, ks in pieces for k in ks]  # of S trajectories
-    stored = np.concatenate([np.arange(span.start, span.stop) for span in spans])  # (T,)
-    length = np.array([span.stop - span.start for span in spans])  # (S,)
-    piece = np.repeat(np.arange(len(pieces)), [len(ks) for _, ks in pieces])  # (S,)
+    groups, samples = [n for n, _ in pieces], trajectories.samples
+    prompts = [trajectories.prompt(n) for n in groups]
+    m = np.concatenate([n * samples + np.asarray(ks) for n, ks in pieces])  # (S,) the trajectories, n*K + k
+    piece = np.repeat(np.arange(len(pieces)), [len(ks) for _, ks in pieces])  # (S,) the row of each
+    length = trajectories.length.flatten()[m]  # (S,)
     fed = length - 1  # (S,) all tokens but the last are inputs
     ahead = np.cumsum(fed) - fed  # (S,) inputs of the trajectories before it, in the batch ...
     ahead -= ahead[np.searchsorted(piece, piece)]  # ... and in its row
-    s = np.repeat(np.arange(len(length)), length)  # (T,) the trajectory of a token
+    s = np.repeat(np.arange(len(m)), length)  # (T,) the trajectory of a token
     t = np.arange(len(s)) - (np.cumsum(length) - length)[s]  # (T,) its place in there
+    stored = trajectories.offsets[m][s] + t  # (T,)
     left = max(map(len, prompts))  # L
     shape = len(pieces), left + int(np.bincount(piece, fed).max())  # (P, W)
     ids, position, segment = np.zeros(shape, int), np.zeros(shape, int), np.full(shape, -1)
@@ -165,8 +165,7 @@ def collate(trajectories: Trajectories, pieces: Sequence[Piece], device: torch.d
     place = piece[s[i]], left + ahead[s[i]] + t[i]
     ids[place], segment[place] = trajectories.tokens[stored[i]], 1 + s[i]
     position[place] = trajectories.prompt_length[groups][piece[s[i]]] + t[i]
-    advantages = group_advantages(torch.from_numpy(trajectories.rewards[groups]))  # (P, K)
-    advantages = torch.cat([a[list(ks)] for a, (_, ks) in zip(advantages, pieces, strict=True)])  # (S,)
+    advantages = group_advantages(torch.from_numpy(trajectories.rewards[groups]))[piece, m % samples]  # (P, K) -> (S,)
     to = functools.partial(torch.as_tensor, device=device)
     return Batch(
         prompt_index=trajectories.prompt_index[groups].tolist(),
