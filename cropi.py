@@ -264,15 +264,8 @@ PARTS = ("rollout", "scoring", "training")
 def print_table(entries: list[dict], targeted: list[str]) -> None:
     table = pandas.DataFrame([entry | entry["accuracy"] for entry in entries]).convert_dtypes()
     table["targeted"] = table[targeted].mean(axis=1)
-    columns = [
-        "stage",
-        "steps",
-        "chosen",
-        "reward",
-        *entries[0]["accuracy"],
-        "targeted",
-        *(f"seconds_{p}" for p in PARTS),
-    ]
+    columns = ["stage", "steps", "chosen", "reward", *entries[0]["accuracy"], "targeted"]
+    columns += [f"seconds_{part}" for part in PARTS]
     table = table.reindex(columns=columns).astype(object).fillna("")
     say(f"\n{table.to_string(index=False, float_format='{:.3f}'.format)}")
 

@@ -241,9 +241,8 @@ class GradientSketcher:
         self.weights = {names[id(p)]: p for p in sorted(parameters, key=lambda p: -p.ndim)}  # and after them biases
         rest = [module for module in model.modules() if module not in layers]  # a derived one may hold a tied weight
         others = [names[id(p)] for module in rest for p in module.parameters(recurse=False) if p.ndim > 1]
-        require(
-            not others, f"{', '.join(others[:3])}: per-prompt gradients support only nn.Linear and nn.Embedding layers"
-        )
+        only = "per-prompt gradients support only nn.Linear and nn.Embedding layers"
+        require(not others, f"{', '.join(others[:3])}: {only}")
         sizes = {name: parameter.numel() for name, parameter in self.weights.items()}
         self.covered = sum(sizes.values())
         self.projection = SparseProjection(sizes, keep_probability(sizes, sparse_ratio), k, seed, model.device)
@@ -403,10 +402,8 @@ def project(
         sketcher = GradientSketcher(policy, k, sparse_ratio, seed, ratio, cap)
         kept, size = sketcher.projection.coordinates, live * k * 4 / 1e6
         require(kept > 0, f"--sparse-ratio {sparse_ratio:g} keeps no coordinate; take a larger one")
-        said = (
-            f"{kept:,} of {sketcher.covered:,} coordinates kept ({policy.num_parameters():,} parameters) -> k = {k:,}"
-        )
-        rollout.say(f"{trajectories}: {live} live prompts of {count}; {said}; {size:.1f} MB")
+        said = f"{live} live prompts of {count}; {kept:,} of {sketcher.covered:,} coordinates kept"
+        rollout.say(f"{trajectories}: {said} ({policy.num_parameters():,} parameters) -> k = {k:,}; {size:.1f} MB")
         chosen = np.random.default_rng(seed).permutation(count)[:halves]  # a matter of seed and prompt alone
         for path, made_from in rollout.progress(missing.items(), f"project {trajectories.name}", "shard"):
             groups, record = rollout.load_trajectories(trajectories / path.name)

@@ -945,11 +945,9 @@ class VllmEngine:
             logps = torch.log_softmax(logits.float() / temperature, -1).gather(1, ids[0, len(prompt) :, None])[:, 0]
             changes.append(np.abs(trajectories.behavior_logps[span] - logps.cpu().numpy()))
         change, allowed = float(np.concatenate(changes).mean()), TOLERANCE[self.dtype]
-        require(
-            change <= allowed,
-            f"vLLM does not sample from the policy: log-probs differ by {change:.2g} in the mean, not {allowed:g}. "
-            "Are its weights stale? (Tied embeddings do not follow on a CPU.) --engine hf needs no sync",
-        )
+        stale = f"vLLM does not sample from the policy: log-probs differ by {change:.2g} in the mean, not {allowed:g}"
+        ways = "Are its weights stale? (Tied embeddings do not follow on a CPU.) --engine hf needs no sync"
+        require(change <= allowed, f"{stale}. {ways}")
 
 
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.05}  # mean |Δ log-prob|; rounding alone: 1e-6 and 0.006 on the toy
@@ -1217,9 +1215,8 @@ def save(path: Path, tensors: dict[str, Array], recipe: dict, facts: dict) -> No
 
 
 def identity(tensors: dict[str, Array], recipe: dict) -> str:
-    parts = [
-        part for name in sorted(tensors) for x in [tensors[name]] for part in (f"{name} {x.dtype} {x.shape}", x.data)
-    ]
+    named = [(name, tensors[name]) for name in sorted(tensors)]
+    parts = [part for name, x in named for part in (f"{name} {x.dtype} {x.shape}", x.data)]
     return digest(json.dumps(recipe, sort_keys=True), *parts)
 
 

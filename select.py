@@ -77,6 +77,7 @@ else:
     import time
     from collections.abc import Callable, Sequence
     from pathlib import Path
+    from types import SimpleNamespace
     from typing import Annotated, Literal
 
     import numpy as np
@@ -393,19 +394,15 @@ def table(diagnostics: dict[str, float]) -> str:
 
 def warnings(diagnostics: dict[str, float]) -> list[str]:
     """In plain words, where the ranking is not to be trusted."""
-    said = []
-    for name, below in (("ess_trajectory", STALE), ("valid_ess_trajectory", VALID_STALE)):
-        if diagnostics.get(name, 1.0) < below:
-            said.append(
-                f"warning: the policy has moved away from the stored trajectories ({name} below {below}); "
-                "sample them anew, as cropi.py run --refresh-every does"
-            )
-    if diagnostics.get("split_half", 1.0) < NOISY:
-        said.append(
-            f"warning: rankings from two halves of the data share less than {NOISY:.0%} of their top 10%, so the "
-            "ranking is mostly noise; sample more completions per prompt, or take more validation prompts"
-        )
-    return said
+    stale = "the policy has moved away from the stored trajectories; sample them anew (cropi.py run --refresh-every)"
+    noisy = "the ranking is mostly noise; sample more completions per prompt, or take more validation prompts"
+    limits = {
+        "ess_trajectory": (STALE, stale),
+        "valid_ess_trajectory": (VALID_STALE, stale),
+        "split_half": (NOISY, noisy),
+    }
+    below = {name: (limit, text) for name, (limit, text) in limits.items() if diagnostics.get(name, 1.0) < limit}
+    return [f"warning: {name} is below {limit}: {text}" for name, (limit, text) in below.items()]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -442,12 +439,12 @@ def select(
         previous: Selection of the stage before, to compare with.
         stage: Number of the stage, for selectors that ask for it.
     """
-    options, table, before = dict(locals()), out.with_suffix(".csv"), None
-    clear = table not in (out, Path(data)) and not out.is_dir()
-    require(clear, f"--out {out}: name a safetensors file beside which {table} may be written")
+    o, beside, before = SimpleNamespace(**locals()), out.with_suffix(".csv"), None
+    clear = beside not in (out, Path(data)) and not out.is_dir()
+    require(clear, f"--out {out}: name a safetensors file beside which {beside} may be written")
     rows = rollout.load_prompts(data, limit, prompt_column, answer_column, skip_bad_rows)
     files = needs(selector)
-    valid_gradients = valid_gradients if files == VALIDATION else []
+    o.valid_gradients = valid_gradients = valid_gradients if files == VALIDATION else []
     inputs = dict.fromkeys(("trajectories", "gradients", "valid_gradients", "model", "previous"))
     inputs["data"] = rows.digest
     if files >= TRAJECTORIES:
@@ -465,12 +462,12 @@ def select(
         require(of_data, f"{previous} was made from other data than {data}")
         inputs["previous"], before = record["identity"], tensors["ranked"]
     rollout.check_out(out.parent)
-    recipe = rollout.make_recipe("selection", CODE, options, **inputs)
+    recipe = rollout.make_recipe("selection", CODE, vars(o), **inputs)
     if RANK == 0 and not rollout.is_made(out, recipe):
         known = {"rows": rows, "random": np.random.default_rng(seed), "previous": before}
         known |= {"stage": stage, "frac": frac, "sign": sign}
         known["pass_rate"] = np.full(len(rows), np.nan)  # unknown
-        choose(out, recipe, selector, known, trajectories, gradients, valid_gradients)
+        choose(o, recipe, known)
     if RANK == 0:
         write_csv(out, rows)
     rollout.barrier()
@@ -489,60 +486,49 @@ def check_gradients(gradients: Path, valid_gradients: list[Path], trajectories: 
         BadInput: they are not those of the pool's trajectories (identities), or cannot be compared with each other.
     """
     made_from = [r["recipe"]["shard"]["trajectories"] for r in rollout.shards(gradients, "gradients").values()]
-    require(
-        made_from == trajectories,
-        f"{gradients} was made from other trajectories than those given; run project.py again",
-    )
+    others = f"{gradients} was made from other trajectories than those given; run project.py again"
+    require(made_from == trajectories, others)
     (ids, recipe), valid = identities(gradients, "gradients"), {}
     model, projection = recipe["inputs"]["model"], recipe["options"]
     for folder in valid_gradients:
         name = folder.name.removeprefix("gradients-").removeprefix("valid-")
         require(name not in valid, f"{folder}: two validation sets are called {name}; rename one")
         valid[name], recipe = identities(folder, "gradients")
-        comparable = (model, projection) == (
-            recipe["inputs"]["model"],
-            recipe["options"] | {"halves": projection["halves"]},
-        )
+        options = recipe["options"] | {"halves": projection["halves"]}
+        comparable = (recipe["inputs"]["model"], options) == (model, projection)
         wrong = f"{folder} was made with another model, temperature or projection than {gradients}"
         require(comparable, f"{wrong}; run project.py again for both")
     return {"gradients": ids, "valid_gradients": valid, "model": model}
 
 
-def choose(
-    out: Path,
-    recipe: dict,
-    selector: str,
-    known: dict,
-    trajectories: Path | None,
-    gradients: Path | None,
-    valid_gradients: list[Path],
-) -> None:
-    """Score the pool, write the selection, and say what it looks like. An empty one ends the curriculum.
+def choose(o: SimpleNamespace, recipe: dict, known: dict) -> None:
+    """Score the pool, write the selection, and say what it looks like. An empty one ends the curriculum. `o` holds the
+    options of `select`, `known` what a selector may ask for.
 
     Raises:
         BadInput: nothing can be chosen in the first stage, unless all validation sets are solved.
     """
     clock, count, diagnostics, silent = time.perf_counter(), len(known["rows"]), {}, {}
     if recipe["inputs"]["trajectories"]:
-        known |= of_trajectories(trajectories, count)
-    valid = dict(zip(recipe["inputs"]["valid_gradients"] or (), valid_gradients, strict=True))
+        known |= of_trajectories(o.trajectories, count)
+    valid = dict(zip(recipe["inputs"]["valid_gradients"] or (), o.valid_gradients, strict=True))
     if recipe["inputs"]["gradients"]:
         silent = {name: why for name, folder in valid.items() if (why := why_silent(folder))}
         valid = {name: folder for name, folder in valid.items() if name not in silent}
-        table_of_pool, diagnostics = of_gradients(gradients, valid, count)
-        known |= table_of_pool
+        columns, diagnostics = of_gradients(o.gradients, valid, count)
+        known |= columns
         for name, why in silent.items():
             rollout.say(f"validation set {name} does not score in this stage; {why}")
     mute = silent and not valid
-    score = np.full(count, np.nan) if mute else scores_of(selector, known)
-    top = count if selector == "full" else top_count(known["frac"], count)
+    score = np.full(count, np.nan) if mute else scores_of(o.selector, known)
+    top = count if o.selector == "full" else top_count(o.frac, count)
     ranked = np.argsort(-score, kind="stable")[: min(top, np.count_nonzero(~np.isnan(score)))]  # NaN comes last
     solved = mute and all(why.startswith("solved") for why in silent.values())
-    ended = "" if len(ranked) else "all validation sets are solved" if solved else f"{selector} can choose no prompt"
+    ended = "" if len(ranked) else "all validation sets are solved" if solved else f"{o.selector} can choose no prompt"
     if ended and not solved:
-        why = why_silent(trajectories) if trajectories else ""
-        ended = "; ".join([ended, *([f"{trajectories} is {why}"] if why else []), *silent.values()])
-        require(known["stage"] > 1, ended)
+        why = why_silent(o.trajectories) if o.trajectories else ""
+        ended = "; ".join([ended, *([f"{o.trajectories} is {why}"] if why else []), *silent.values()])
+        require(o.stage > 1, ended)
     tensors = {"ranked": ranked, "score": score, "pass_rate": known["pass_rate"]}
     if known["previous"] is not None and len(ranked):
         diagnostics["overlap_previous"] = overlap(ranked, known["previous"])
@@ -551,8 +537,8 @@ def choose(
         tensors |= {"cosine": cosine, "rank": np.where(live[:, None], ranks(cosine), 0)}
         diagnostics |= margin(cosine[live], top) | resemblance(ranked, known)
     about = {"diagnostics": diagnostics, "valid": list(valid), "ended": ended}
-    rollout.save(out, tensors, recipe, rollout.facts(time.perf_counter() - clock, **about))
-    rollout.say(f"{out}: {len(ranked)} of {count} prompts by {selector}")
+    rollout.save(o.out, tensors, recipe, rollout.facts(time.perf_counter() - clock, **about))
+    rollout.say(f"{o.out}: {len(ranked)} of {count} prompts by {o.selector}")
     if diagnostics:
         rollout.say("\n".join([table(diagnostics), *warnings(diagnostics)]))
 

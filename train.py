@@ -223,15 +223,15 @@ def shared_prompt_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    mask: Tensor | None,
-    widths: list[int] | None = None,
-    **options,
+    mask: Tensor,
+    widths: Sequence[int] = (),
+    **others,
 ) -> tuple[Tensor, None]:
     """Attention (1, heads, W, d) -> (1, W, heads, d) of a long row, whose mask of W² elements would be large and mostly
     empty: the prompt's to itself, then that of each completion to [the prompt; itself]. `widths` are theirs, in order.
     """
-    if widths is None:
-        return sdpa_attention_forward(module, query, key, value, mask, **options)
+    if not widths:
+        return sdpa_attention_forward(module, query, key, value, mask, **others)
     outputs, start, prompt = [], 0, widths[0]
     for width in widths:
         q, k, v = (x[:, :, start : start + width] for x in (query, key, value))
@@ -239,7 +239,7 @@ def shared_prompt_attention(
         if start:
             k, v = torch.cat([key[:, :, :prompt], k], 2), torch.cat([value[:, :, :prompt], v], 2)
             seen = torch.ones(width, prompt + width, dtype=torch.bool, device=q.device).tril(prompt)[None, None]
-        outputs.append(sdpa_attention_forward(module, q, k, v, seen, **options)[0])
+        outputs.append(sdpa_attention_forward(module, q, k, v, seen, **others)[0])
         start += width
     return torch.cat(outputs, 1), None
 
