@@ -515,7 +515,9 @@ def test_free_options_of_train(made, tmp_path, option):
     start = rollout.load_file(TOY / "model/model.safetensors")
     for name, values in models[0].items():  # up to rounding, compared with how far training went
         moved = np.linalg.norm(values - start[name])
-        assert np.linalg.norm(values - models[1][name]) <= 1e-3 * moved, name
+        # A key's bias changes all scores of a query nearly alike: its gradient is mostly rounding, scaled up by AdamW.
+        allowed = 1e-2 if name.endswith("k_proj.bias") else 1e-3
+        assert np.linalg.norm(values - models[1][name]) <= allowed * moved, name
 
 
 def test_free_options_of_a_run_and_its_extent(made, tmp_path):
