@@ -320,6 +320,13 @@ def options_of(name: str) -> set[str]:
     return {parameter.name for parameter in (command.commands["run"] if name == "run" else command).params}
 
 
+@pytest.fixture(autouse=True)
+def as_it_was():
+    """--deterministic holds for the whole process."""
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     """A world in which each script has run once, and `others` of the same kind; with the options of each script."""
