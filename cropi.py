@@ -301,8 +301,8 @@ def draw_curve(path: Path, entries: list[dict], targeted: list[str], title: str)
 def draw_selection(path: Path, pool: list[dict], chosen: list[Array], column: str, title: str) -> None:
     """What each stage chose, by a column of the data, beside the pool; and how much of it was chosen before."""
     groups = pandas.Series([str(row.get(column, "all")) for row in pool])
-    sets = {"pool": groups} | {str(s): groups[some] for s, some in enumerate(chosen, 1)}
-    shares = pandas.DataFrame({name: some.value_counts(normalize=True) for name, some in sets.items()}).T
+    sets = {"pool": groups} | {str(s): groups[picked] for s, picked in enumerate(chosen, 1)}
+    shares = pandas.DataFrame({name: rows.value_counts(normalize=True) for name, rows in sets.items()}).T
     with picture(path, title) as (left, right):
         shares.plot.bar(stacked=True, ax=left, colormap="tab20", width=0.8, rot=0)
         left.set(title=f"chosen prompts by {column}", xlabel="stage", ylabel="share", ylim=(0, 1))

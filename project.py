@@ -287,9 +287,9 @@ class GradientSketcher:
             require(layout, f"{name} does not see its tokens prompt by prompt; this kind of model is not covered")
             step = max(1, self.MATRIX_ELEMENTS // self.weights[name].numel())
             for start in range(0, prompts, step):
-                some = slice(start, start + step)
-                gradient = self._weight_gradient(name, [(a[some], delta[some]) for a, delta in calls])
-                self.projection.add(sketch[some], name, gradient.flatten(1))
+                part = slice(start, start + step)
+                gradient = self._weight_gradient(name, [(a[part], delta[part]) for a, delta in calls])
+                self.projection.add(sketch[part], name, gradient.flatten(1))
         self.caught.clear()
         return sketch, logps.detach()
 
