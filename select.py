@@ -20,14 +20,14 @@ The facts and a printed table hold `diagnostics`: how stale the trajectories are
 the ranking, and what else it resembles; with a warning where it should not be trusted. (The halves of a group share the
 mean and the standard deviation of its rewards, so they are not quite independent.)
 
-A step of size η along the gradient of x changes the validation objective by η⟨∇J_V, ∇J_x⟩ (1). It is replaced by
+A step of size η along the gradient of x changes the validation objective by η⟨∇J_V, ∇J_x⟩ (1). So x is scored by
 
     s_V(x)   = cos( g̃(x), mean of g̃(v) over the live prompts v of V )                                         (4)
     score(x) = Σ_V 1/rank_V(x)  over the sets in whose top n it stands,  n = frac·|D|                         (5)
 
-n = max(1, round(frac·|D|)), |D| = N being the whole pool. Only live prompts have a gradient, so if fewer than n are
-live, all of them are chosen. (Dead validation prompts would only scale the mean.) Equal fused scores are ordered by
-mean cosine, then by index.
+n = max(1, round(frac·|D|)), |D| = N being the whole pool. Only live prompts have a gradient; if fewer than n are live
+and point towards a set (deviation 4), all of these are chosen. (Dead validation prompts would only scale the mean.)
+Equal fused scores are ordered by mean cosine, then by index.
 
 Deviations from the paper (and from its released code):
  1. Equal fused scores are ordered by mean cosine (released: the first set's prompt).
