@@ -489,7 +489,7 @@ def follow(run: Run, stages: int, prompts: rollout.Prompts, group_by: str) -> No
             say(f"{f'stage {s} of {stages}' if s else 'before training'}: {line}\n")
     if RANK == 0 and s < stages:
         ended = rollout.peek(run.stage(s + 1) / "selection.safetensors")["facts"]["ended"]
-        say(f"{'done' if 'solved' in ended else 'warning'}: ended before stage {s + 1}: {ended}")
+        say(f"{'done' if ended == select.ALL_SOLVED else 'warning'}: ended before stage {s + 1}: {ended}")
     if RANK == 0:
         title = f"{run.selector}{' chosen once' if run.static else ''}, seed {run.seed}"
         draw_curve(run.out / "curve.png", entries, targeted, title)

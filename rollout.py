@@ -28,7 +28,7 @@ on CPUs, with the same number of threads; on GPUs, `--deterministic` chooses alg
 
 Deviations from the paper (and from its released code):
  1. Log-probs of β are stored as they were sampled (released: recomputed by the base model at temperature 1).
- 2. Every completion ends with its end token, which is scored like any other (released: left out where cut off).
+ 2. An end token that was sampled is always a token of its completion (released: not always).
  3. One temperature, 1 by default (paper: 0.5 for stored trajectories, which the released code scores at 1).
 
 With transformers a completion depends on model, temperature, seed, data, K, token limit and prompt alone: not on batch
@@ -1107,15 +1107,8 @@ def progress(items: Iterable, label: str, unit: str, initial: int = 0, total: in
 # counts, versions) do not. The identity covers recipe and tensors, so a file that is made again is the same file.
 
 FORMAT = "cropi/5"  # raised whenever a formula's result changes
-FREE = {
-    "out",
-    "deterministic",
-    "batch_tokens",
-    "gpu_memory",
-    "max_errors",
-    "save_every",
-    "shard",
-}  # results do not depend on these
+# Results do not depend on these.
+FREE = {"out", "deterministic", "batch_tokens", "gpu_memory", "max_errors", "save_every", "shard"}
 
 
 def digest(*parts: str | bytes) -> str:

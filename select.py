@@ -91,6 +91,7 @@ else:
 # with one from many fresh trajectories, where 8 fresh ones a prompt would share 0.57, 0.52, later 0.43.
 STALE = 0.65  # effective sample size of trajectories
 VALID_STALE = 0.4  # ... of the worst validation set
+ALL_SOLVED = "all validation sets are solved"  # the one good reason to end a curriculum early
 SOLVED = 0.95  # mean reward of a validation set without a live prompt, from where on it is solved
 NOISY = 0.2  # split-half overlap of the top 10%: twice chance; the bundled world begins at 0.7 and falls to some 0.3
 
@@ -343,7 +344,8 @@ def split_half(sketch: Array, first: Array, valid_halves: Array) -> dict[str, fl
         return {}
     direction = valid_halves.mean(1)  # (V, k)
     e, f = first - sketch, valid_halves[:, 0] - direction
-    lengths, widths = np.linalg.norm(sketch, axis=1)[:, None], np.linalg.norm(direction, axis=1)  # (H, 1), (V,)
+    lengths = np.maximum(np.linalg.norm(sketch, axis=1, keepdims=True), 1e-30)  # (H, 1)
+    widths = np.maximum(np.linalg.norm(direction, axis=1), 1e-30)  # (V,)
     along = (e * sketch).sum(1)[:, None] / lengths**2 + (f * direction).sum(1) / widths**2  # (H, V)
     error = (e @ direction.T + sketch @ f.T) / (lengths * widths) - cosines(sketch, direction) * along
     rankings = cosines(first, valid_halves[:, 0]), cosines(sketch - e, valid_halves[:, 1])
@@ -524,7 +526,7 @@ def choose(o: SimpleNamespace, recipe: dict, known: dict) -> None:
     top = count if o.selector == "full" else top_count(o.frac, count)
     ranked = np.argsort(-score, kind="stable")[: min(top, np.count_nonzero(~np.isnan(score)))]  # NaN comes last
     solved = mute and all(why.startswith("solved") for why in silent.values())
-    ended = "" if len(ranked) else "all validation sets are solved" if solved else f"{o.selector} can choose no prompt"
+    ended = "" if len(ranked) else ALL_SOLVED if solved else f"{o.selector} can choose no prompt"
     if ended and not solved:
         why = why_silent(o.trajectories) if o.trajectories else ""
         ended = "; ".join([ended, *([f"{o.trajectories} is {why}"] if why else []), *silent.values()])

@@ -548,12 +548,12 @@ def test_the_curriculum_ends_when_all_validation_sets_are_solved(small_world, ca
 
 
 def test_a_run_ends_with_a_warning_when_nothing_is_left_to_choose(small_world, capsys):
-    (small_world / "first.py").write_text(
+    (small_world / "unsolved.py").write_text(
         "import numpy as np\ndef first(rows, stage):\n    return np.full(len(rows), 1.0 if stage == 1 else np.nan)\n"
     )
-    report = run_small(small_world, "run", stages=3, selector=f"{small_world / 'first.py'}:first")
+    report = run_small(small_world, "run", stages=3, selector=f"{small_world / 'unsolved.py'}:first")
     printed = capsys.readouterr().out
-    assert re.search(r"warning: ended before stage 2: .*first.py:first can choose no prompt\n", printed)
+    assert re.search(r"warning: ended before stage 2: .*unsolved.py:first can choose no prompt\n", printed)
     assert [entry["stage"] for entry in report["evaluations"]] == [0, 1]
     (small_world / "none.py").write_text("import numpy as np\ndef none(rows):\n    return np.full(len(rows), np.nan)\n")
     with pytest.raises(BadInput, match=r"none.py:none can choose no prompt$"):  # in the first stage: bad input

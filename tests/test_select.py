@@ -2,8 +2,8 @@
 
 import csv
 import doctest
+import json
 import os
-import pickle
 import shutil
 import subprocess
 import sys
@@ -383,18 +383,18 @@ def test_a_csv_that_was_lost_is_written_again(scored):
 
 
 CONTRACT = """
-import pickle
+import json
 from pathlib import Path
 
 import numpy as np
 
-SAW = Path(__file__).with_name("saw.pickle")
+SAW = Path(__file__).with_name("saw.json")
 
 
 def everything(rows, random, stage, previous, pass_rate, length, truncated, cosine, inner, grad_norm, frac):
     given = dict(locals())
     given["random"] = random.random(3)
-    SAW.write_bytes(pickle.dumps(given))
+    SAW.write_text(json.dumps(given, default=lambda array: array.tolist()))
     return grad_norm
 
 
@@ -452,15 +452,22 @@ def contract(tmp_path):
     return f"{tmp_path / 'contract.py'}:"
 
 
+def seen(folder: Path) -> dict:
+    """What `everything` was given, tables of the pool as arrays."""
+    tables = ("pass_rate", "length", "truncated", "cosine", "inner", "grad_norm")
+    given = json.loads((folder / "saw.json").read_text())
+    return given | {name: np.array(given[name]) for name in tables}
+
+
 def test_a_selector_sees_what_it_asks_for(scored, contract):
     before, _ = run_select(scored, "before", selector="random", frac=0.1, seed=7)
     given = {"selector": f"{contract}everything", "frac": 0.25, "stage": 3, "seed": 11}
     tensors, _ = run_select(scored, previous=scored / "before.safetensors", **given)
-    saw = pickle.loads((scored / "saw.pickle").read_bytes())
-    assert list(saw["rows"]) == list(load_prompts(scored / "train.jsonl"))
+    saw = seen(scored)
+    assert saw["rows"] == list(load_prompts(scored / "train.jsonl"))
     assert (saw["stage"], saw["frac"]) == (3, 0.25)
-    assert saw["previous"].tolist() == before["ranked"].tolist()
-    assert saw["random"].tolist() == np.random.default_rng(11).random(3).tolist()
+    assert saw["previous"] == before["ranked"].tolist()
+    assert saw["random"] == np.random.default_rng(11).random(3).tolist()
     stored = load_all(scored / "train")
     assert stored.prompt_index.tolist() == list(range(60))
     for name, of in {"pass_rate": "rewards", "length": "length", "truncated": "truncated"}.items():
@@ -482,7 +489,7 @@ def test_a_selector_sees_what_it_asks_for(scored, contract):
     assert tensors["ranked"].tolist() == live[np.argsort(-norms, kind="stable")][:15].tolist()
     np.testing.assert_allclose(tensors["score"], saw["grad_norm"])
     run_select(scored, "first", **given)
-    assert pickle.loads((scored / "saw.pickle").read_bytes())["previous"] is None
+    assert seen(scored)["previous"] is None
 
 
 def test_prompts_that_were_not_sampled_are_unknown(scored, contract):
@@ -494,7 +501,7 @@ def test_prompts_that_were_not_sampled_are_unknown(scored, contract):
     sampled = load_all(scored / "train").prompt_index.tolist()
     assert 10 < len(sampled) < 60
     run_select(scored, selector=f"{contract}everything")
-    saw = pickle.loads((scored / "saw.pickle").read_bytes())
+    saw = seen(scored)
     for name in ("pass_rate", "length", "truncated"):
         assert np.flatnonzero(~np.isnan(saw[name])).tolist() == sampled
     assert set(np.flatnonzero(~np.isnan(saw["grad_norm"])).tolist()) < set(sampled)
