@@ -546,7 +546,7 @@ def choose(o: SimpleNamespace, recipe: dict, known: dict) -> None:
 
 
 def write_csv(path: Path, rows: rollout.Prompts) -> None:
-    """A selection file for people: all candidates, best first."""
+    """A selection file for people: every prompt with a score, best first."""
     tensors, record = rollout.load(path, "selection")
     score, chosen = tensors["score"], tensors["ranked"]
     order = np.argsort(-score, kind="stable")[: np.count_nonzero(~np.isnan(score))]
