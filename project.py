@@ -28,15 +28,18 @@ With ρ_kt = π_θ(a_kt|h_kt) / β(a_kt|h_kt), `--ratio` sets the weight w_kt, a
     none 1       token ρ_kt (the paper's)       prefix Π_{s<=t} ρ_ks       sequence Π_s ρ_ks
 
 M keeps each coordinate of a parameter tensor with d coordinates with probability p = min(1, n/d), and divides it by √p;
-n is such that a share r of all coordinates is kept. P (k × all coordinates) has a single ±1 per column. A tensor's
-coordinates go to the k buckets in laps: k consecutive ones to k different buckets, each lap turned by a random shift,
-so that coordinates of one lap never meet, and any two others do with probability 1/k. Then, over what is covered,
-E⟨g̃, g̃'⟩ = ⟨ĝ, ĝ'⟩, and
+n is such that a share r of all coordinates is kept. P (k × all coordinates) has a single ±1 per column: the product of
+a sign of the coordinate's row and one of its column in the tensor. Coordinate j of a tensor, counted row by row, goes
+to bucket (j + shift) mod q, with q the largest prime up to k and a random shift for each tensor. So a tensor is added
+up in laps of q, and two of its coordinates meet only if they are a multiple of q apart; a width of the tensor that
+shares a factor with the lap would bring whole columns together, hence the prime. Over what is covered,
+E⟨g̃, g̃'⟩ = ⟨ĝ, ĝ'⟩, and with x_ij = g_i g'_j + g_j g'_i
 
-    Var⟨g̃, g̃'⟩ = Σ_j (1/p_j - 1) g_j² g'_j²  +  1/k Σ_{i<j of different laps} (g_i g'_j + g_j g'_i)²
+    Var⟨g̃, g̃'⟩ = Σ_j (1/p_j - 1) g_j² g'_j²  +  Σ_{i<j meet} x_ij²  +  1/q Σ_{i<j of different tensors} x_ij²
 
-The second sum is that of Weinberger et al., Feature Hashing for Large Scale Multitask Learning (2009), lemma 2, which
-has all pairs.
+(for tensors of at most q rows and columns: in others, x_ij of pairs with the same two rows in each column, or the same
+two columns in each row, are added before they are squared). That is like Weinberger et al., Feature Hashing for Large
+Scale Multitask Learning (2009), lemma 2, which has 1/k Σ_{i<j} x_ij² in place of both.
 
 Per-prompt gradients from one batch of many prompts: the weight gradient of a linear layer
 y = Wa + b is Σ_t δ_t a_tᵀ (and Σ_t δ_t for the bias), a sum over tokens of the layer's input a_t and the objective's
@@ -184,32 +187,38 @@ class SparseProjection:
     """P M of equation 3, for parameters that are visited tensor by tensor.
 
     Args:
-        sizes: number of coordinates of each parameter tensor.
+        shapes: of each parameter tensor.
         keep: probability with which a coordinate of each tensor is kept.
         k: buckets.
         seed: draws M and P; the same on every device.
+        like: a tensor with the device and the dtype of the gradients.
     """
 
-    def __init__(self, sizes: dict[str, int], keep: dict[str, float], k: int, seed: int, device: torch.device):
+    def __init__(self, shapes: dict[str, torch.Size], keep: dict[str, float], k: int, seed: int, like: Tensor):
         self.k = k
-        generator = torch.Generator().manual_seed(seed)
-        # name -> (±1 for each coordinate, 0 where it is dropped; 1/√p; the shift of each lap)
-        self.blocks: dict[str, tuple[Tensor, float, list[int]]] = {}
-        for name, size in sizes.items():
-            sign = torch.randint(0, 2, (size,), generator=generator, dtype=torch.int8) * 2 - 1
-            sign *= torch.rand(size, generator=generator) < keep[name]
-            shifts = torch.randint(0, k, (math.ceil(size / k),), generator=generator)
-            self.blocks[name] = (sign.to(device), keep[name] ** -0.5, shifts.tolist())
-        self.coordinates = sum(int(sign.count_nonzero()) for sign, _, _ in self.blocks.values())
+        self.q = next(q for q in range(k, 0, -1) if all(q % n for n in range(2, math.isqrt(q) + 1)))
+        self.coordinates, generator = 0, torch.Generator().manual_seed(seed)
+        # name -> (±1 for each row (O, 1) and column (I,), M as 0 and 1 or none if all is kept, 1/√p, the shift)
+        self.blocks: dict[str, tuple[Tensor, Tensor, Tensor | None, float, int]] = {}
+        for name, shape in shapes.items():
+            rows, columns, p = shape[0], math.prod(shape[1:]), keep[name]
+            signs = (torch.randint(0, 2, (n,), generator=generator).to(like) * 2 - 1 for n in (rows, columns))
+            kept = (torch.rand(rows, columns, generator=generator) < p).to(like.device) if p < 1 else None
+            shift = int(torch.randint(0, self.q, (), generator=generator))
+            self.blocks[name] = (next(signs)[:, None], next(signs), kept, p**-0.5, shift)
+            self.coordinates += rows * columns if kept is None else int(kept.count_nonzero())
 
     def add(self, sketch: Tensor, name: str, gradient: Tensor) -> None:
-        """Add P gradients (P, d) of tensor `name` to their sketches (P, k) float32; overwrites the gradients."""
-        sign, scale, shifts = self.blocks[name]
-        gradient.mul_(sign)
-        for lap, shift in zip(gradient.split(self.k, 1), shifts, strict=True):  # (P, k), the last one narrower
-            before, after = lap[:, : self.k - shift], lap[:, self.k - shift :]  # past the last bucket comes the first
-            sketch[:, shift : shift + before.shape[1]].add_(before, alpha=scale)
-            sketch[:, : after.shape[1]].add_(after, alpha=scale)
+        """Add P gradients (P, O, I) of tensor `name` to their sketches (P, k) float32; overwrites the gradients."""
+        row, column, kept, scale, shift = self.blocks[name]
+        gradient.mul_(row).mul_(column)
+        if kept is not None:
+            gradient.mul_(kept)
+        flat = gradient.flatten(1)  # (P, d)
+        laps, rest = divmod(flat.shape[1], self.q)
+        lap = flat[:, : flat.shape[1] - rest].unflatten(1, (laps, self.q)).sum(1, dtype=torch.float32)  # (P, q)
+        lap[:, :rest] += flat[:, flat.shape[1] - rest :]
+        sketch[:, : self.q].add_(lap.roll(shift, 1), alpha=scale)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -245,12 +254,12 @@ class GradientSketcher:
         require(not others, f"{', '.join(others[:3])}: {only}")
         sizes = {name: parameter.numel() for name, parameter in self.weights.items()}
         self.covered = sum(sizes.values())
-        self.projection = SparseProjection(sizes, keep_probability(sizes, sparse_ratio), k, seed, model.device)
+        shapes, keep = {n: p.shape for n, p in self.weights.items()}, keep_probability(sizes, sparse_ratio)
         # Per-prompt weight gradients are made here, some prompts at a time; fresh memory each time takes longer.
-        largest = max(weight.numel() for weight in self.weights.values())
+        largest = max(sizes.values())
         self.workspace = torch.empty(max(largest, self.MATRIX_ELEMENTS), device=model.device, dtype=model.dtype)
-        # weight or bias -> (the layer's input, output gradient δ) of each call; a tied weight has two
-        self.caught: dict[str, list[tuple[Tensor, Tensor]]] = {}
+        self.projection = SparseProjection(shapes, keep, k, seed, self.workspace)
+        self.sketches = torch.empty(0, k)  # (P, k) of the batch under way
         self.hooks = [
             module.register_forward_hook(self._catch([names[id(p)] for p in module.parameters()])) for module in layers
         ]
@@ -269,7 +278,7 @@ class GradientSketcher:
                 if getattr(module, "padding_idx", None) is not None:  # the row that is never trained
                     delta = delta * (taken != module.padding_idx)[..., None]
                 for name in names:
-                    self.caught.setdefault(name, []).append((taken, delta))
+                    self._add(name, taken, delta)
 
             output.register_hook(backward_hook)
 
@@ -277,41 +286,30 @@ class GradientSketcher:
 
     def sketch(self, batch: Batch, temperature: float) -> tuple[Tensor, Tensor]:
         """g̃(x;θ) of the batch's P pieces, (P, k) float32, and log π_θ of its tokens, (T,)."""
-        prompts = len(batch.ids)
-        _, logps = completion_logps(self.model, batch, temperature)
+        self.sketches = torch.zeros(len(batch.ids), self.projection.k, device=batch.ids.device)
+        logps, _ = completion_logps(self.model, batch, temperature)
         # A sum over prompts: they do not meet in the network, so δ of each stays its own.
         off_policy_objective(logps, batch, self.ratio, self.cap).backward()
-        sketch = torch.zeros(prompts, self.projection.k, device=logps.device)
-        for name, calls in self.caught.items():
-            layout = all(delta.ndim == 3 and len(delta) == prompts for _, delta in calls)  # (P, W, .)
-            require(layout, f"{name} does not see its tokens prompt by prompt; this kind of model is not covered")
-            step = max(1, self.MATRIX_ELEMENTS // self.weights[name].numel())
-            for start in range(0, prompts, step):
-                part = slice(start, start + step)
-                gradient = self._weight_gradient(name, [(a[part], delta[part]) for a, delta in calls])
-                self.projection.add(sketch[part], name, gradient.flatten(1))
-        self.caught.clear()
-        return sketch, logps.detach()
+        return self.sketches, logps.detach()
 
-    def _weight_gradient(self, name: str, calls: list[tuple[Tensor, Tensor]]) -> Tensor:
-        """Prompt by prompt, summed over the calls: (P, O, I) of a linear layer, (P, O) of its bias, (P, V, H) of an
-        embedding."""
-        weight, prompts = self.weights[name], len(calls[0][0])
-        if weight.ndim == 1:
-            return sum(delta.sum(1) for _, delta in calls)
-        gradient = self.workspace[: prompts * weight.numel()].view(prompts, *weight.shape)
-        for number, (taken, delta) in enumerate(calls):
-            if taken.is_floating_point():  # (P, O, T) x (P, T, I); with beta = 0 what stood there is ignored
-                gradient.baddbmm_(delta.mT, taken, beta=float(number > 0))
-            else:  # token ids (P, T), δ (P, T, H)
-                gradient = gradient if number else gradient.zero_()
-                row = taken + len(weight) * torch.arange(prompts, device=taken.device)[:, None]
-                rows = gradient.flatten(0, 1)  # a frequent token's is a long sum, which bfloat16 would lose
-                summed = rows if rows.dtype == torch.float32 else rows.float()
-                summed.index_add_(0, row.flatten(), delta.flatten(0, 1).to(summed.dtype))
-                if summed is not rows:
-                    rows.copy_(summed)
-        return gradient
+    def _add(self, name: str, taken: Tensor, delta: Tensor) -> None:
+        """Add to the sketches the gradient of a weight or bias, from one call of its layer: its input, which is
+        (P, W, I), or token ids (P, W), and δ (P, W, O)."""
+        weight, prompts = self.weights[name], len(self.sketches)
+        layout = delta.ndim == 3 and len(delta) == prompts
+        require(layout, f"{name} does not see its tokens prompt by prompt; this kind of model is not covered")
+        step = max(1, self.MATRIX_ELEMENTS // weight.numel())
+        for sketch, a, d in zip(*(x.split(step) for x in (self.sketches, taken, delta)), strict=True):
+            gradient = self.workspace[: len(d) * weight.numel()].view(len(d), *weight.shape)
+            if weight.ndim == 1:
+                torch.sum(d, 1, out=gradient)
+            elif a.is_floating_point():
+                torch.bmm(d.mT, a, out=gradient)  # (P, O, W) x (P, W, I)
+            else:  # in float32: a frequent token's is a long sum, which bfloat16 would lose
+                row = a + len(weight) * torch.arange(len(a), device=a.device)[:, None]
+                gradient = gradient.float().zero_()
+                gradient.flatten(0, 1).index_add_(0, row.flatten(), d.flatten(0, 1).float())
+            self.projection.add(sketch, name, gradient.view(len(d), len(weight), -1))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -520,7 +520,13 @@ def load_model(path: Path, dtype: torch.dtype = torch.float32) -> tuple[PreTrain
     kinds = ", ".join(sorted(layers)) or "recurrent layers"  # a prompt and its K completions share a row (train.py)
     require(not layers and not model._is_stateful, f"{path}: this model has {kinds}; only attention is supported")
     require(not report["missing_keys"], f"{path}: the weights lack {', '.join(sorted(report['missing_keys'])[:3])}")
-    return model.eval().to(device()), tokenizer
+    model.eval().to(device())
+    with torch.inference_mode():  # train.py computes logits from the hidden states, some at a time
+        token = torch.zeros(1, 1, dtype=torch.long, device=model.device)
+        logits = model.get_output_embeddings()(model.base_model(token, use_cache=False).last_hidden_state)
+        same = torch.allclose(logits, model(token, use_cache=False).logits)
+    require(same, f"{path}: the logits of this model are not the output of its last layer alone; it is not supported")
+    return model, tokenizer
 
 
 @functools.cache

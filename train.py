@@ -44,6 +44,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import shutil
 import time
 from collections.abc import Iterator, Sequence
@@ -57,6 +58,7 @@ import numpy as np
 import torch
 import typer
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -249,9 +251,10 @@ AttentionMaskInterface.register(shared_prompt_attention.__name__, sdpa_mask)
 LONG = 1024  # tokens of a row; two calls are faster from some 500 on, but shorter rows can share a batch
 
 
-def completion_logps(model: PreTrainedModel, batch: Batch, temperature: float) -> tuple[Tensor, Tensor]:
-    """Log-probs of the tempered policy over the vocabulary, (P, 1+C, V), after the prompt and each of the C columns
-    behind it; and of the batch's tokens, (T,).
+def completion_logps(
+    model: PreTrainedModel, batch: Batch, temperature: float, with_entropy: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Log-probs of the batch's tokens under the tempered policy, (T,), and its entropies there, (T,), 0 if not wanted.
 
     Raises:
         BadInput: NaN or infinity, naming the prompts.
@@ -264,19 +267,42 @@ def completion_logps(model: PreTrainedModel, batch: Batch, temperature: float) -
     else:
         before = torch.ones(width, width, dtype=torch.bool, device=segment.device).tril()
         seen = before & ((segment[:, :, None] == segment[:, None]) | (segment[:, None] == 0))  # (P, W, W): query, key
-    logits = model(
-        input_ids=batch.ids,
-        attention_mask=seen[:, None],
-        position_ids=batch.position,
-        use_cache=False,
-        logits_to_keep=int(batch.source.max()) + 1,
-        **options,
-    ).logits
-    all_logps = torch.log_softmax(logits.float() / temperature, -1)
-    logps = all_logps[batch.row, batch.source, batch.tokens]
+    hidden = model.base_model(
+        input_ids=batch.ids, attention_mask=seen[:, None], position_ids=batch.position, use_cache=False, **options
+    ).last_hidden_state[:, -1 - int(batch.source.max()) :]  # (P, 1+C, H)
+    # Logits over the vocabulary, some columns at a time: all of them would take more memory than the rest.
+    function = functools.partial(token_logps, model.get_output_embeddings(), temperature, with_entropy)
+    step = max(1, LOGITS // (rows * model.config.vocab_size))
+    if step < hidden.shape[1]:  # then they are computed once more in the backward pass
+        function = functools.partial(checkpoint, function, use_reentrant=False, preserve_rng_state=False)
+    order = [(batch.source // step == i).nonzero()[:, 0] for i in range(math.ceil(hidden.shape[1] / step))]
+    chunks = [
+        function(columns, batch.row[of], batch.source[of] % step, batch.tokens[of])
+        for of, columns in zip(order, hidden.split(step, 1), strict=True)
+    ]
+    place = torch.cat(order).argsort()
+    logps, entropy = (torch.cat(values)[place] for values in zip(*chunks, strict=True))
     bad = sorted({batch.prompt_index[p] for p in batch.row[~torch.isfinite(logps)].tolist()})
     require(not bad, f"logits are not finite at prompt {', '.join(map(str, bad))}")
-    return all_logps, logps
+    return logps, entropy
+
+
+def token_logps(
+    head: torch.nn.Module,
+    temperature: float,
+    with_entropy: bool,
+    hidden: Tensor,
+    row: Tensor,
+    column: Tensor,
+    tokens: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """`completion_logps` of those tokens that the hidden states (P, c, H) predict."""
+    all_logps = torch.log_softmax(head(hidden).float() / temperature, -1)  # (P, c, V)
+    entropy = -(all_logps.exp() * all_logps).sum(-1)[row, column] if with_entropy else torch.zeros(len(row))
+    return all_logps[row, column, tokens], entropy
+
+
+LOGITS = 1 << 26  # so many at a time
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -303,13 +329,11 @@ def grpo_step(
     sums = dict.fromkeys(["objective", "kl", "entropy", "outside_clip", "tokens"], 0.0)
     for pieces in micro_batches(trajectories, trajectories.live(), batch_tokens):
         batch = collate(trajectories, pieces, model.device)
-        all_logps, logps = completion_logps(model, batch, temperature)
-        with torch.set_grad_enabled(entropy > 0):
-            token_entropy = -(all_logps.exp() * all_logps).sum(-1)[batch.row, batch.source]  # (P, 1+C, V) -> (T,)
+        logps, token_entropy = completion_logps(model, batch, temperature, with_entropy=True)
         value = policy_objective(logps, batch.behavior_logps, batch.advantages, clip) + entropy * token_entropy
         if initial is not None:
             with torch.no_grad():
-                initial_logps = completion_logps(initial, batch, temperature)[1]  # all (P, 1+C, V) would stay for long
+                initial_logps, _ = completion_logps(initial, batch, temperature)
             token_kl = k3_kl(logps, initial_logps)
             value = value - kl * token_kl
             sums["kl"] += token_kl.detach().sum().item()

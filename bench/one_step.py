@@ -66,7 +66,7 @@ def right_completions(model, tokenizer, path: str) -> Batch:
 
 def objective(model, answers: Batch) -> torch.Tensor:
     """J_V: the mean probability of the right completions."""
-    _, logps = completion_logps(model, answers, 1.0)  # (T,)
+    logps, _ = completion_logps(model, answers, 1.0)  # (T,)
     return torch.stack([of_answer.sum().exp() for of_answer in logps.double().split(answers.length)]).mean()
 
 
@@ -83,7 +83,7 @@ def load_folder(folder: Path) -> list[rollout.Trajectories]:
 def gradient(model, trajectories: rollout.Trajectories, n: int) -> list[torch.Tensor]:
     """Equation 2 by plain autograd, for all parameters, from the trajectories of prompt n."""
     batch = collate(trajectories, [(n, range(trajectories.samples))], model.device)
-    _, logps = completion_logps(model, batch, 1.0)
+    logps, _ = completion_logps(model, batch, 1.0)
     return torch.autograd.grad(project.off_policy_objective(logps, batch, "token"), list(model.parameters()))
 
 

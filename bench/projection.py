@@ -87,7 +87,7 @@ class Exact:
         live = [(stored, int(n)) for stored in load_folder(folder) for n in stored.live()]
         for stored, n in tqdm(live[::every], desc=f"exact {folder.name}", unit="prompt"):
             batch = collate(stored, [(n, range(stored.samples))], model.device)
-            _, logps = completion_logps(model, batch, 1.0)
+            logps, _ = completion_logps(model, batch, 1.0)
             value = project.off_policy_objective(logps, batch, "token")
             yield torch.cat([g.flatten() for g in torch.autograd.grad(value, list(model.parameters()))])
 

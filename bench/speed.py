@@ -41,7 +41,7 @@ def plain(model, trajectories: Path, layout: str, batch_tokens: int) -> None:
             if layout == "repeated":  # a row for each completion, each with its prompt
                 pieces = [(n, range(k, k + 1)) for n, ks in pieces for k in ks]
             batch = collate(stored, pieces, model.device)
-            project.off_policy_objective(completion_logps(model, batch, 1.0)[1], batch, "token").backward()
+            project.off_policy_objective(completion_logps(model, batch, 1.0)[0], batch, "token").backward()
 
 
 def best_plain(model, trajectories: Path, layout: str) -> partial:

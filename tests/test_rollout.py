@@ -267,7 +267,7 @@ def test_prompts_fit_into_an_attention_window_with_their_answers(toy, tmp_path, 
     assert 0 < len(stored.rewards) < 200 and set(stored.prompt_length.tolist()) == {9}
     batch = train.collate(stored, [(n, range(4)) for n in range(len(stored.rewards))], model.device)
     with torch.no_grad():
-        logps = train.completion_logps(model, batch, 1.0)[1]
+        logps = train.completion_logps(model, batch, 1.0)[0]
     torch.testing.assert_close(logps, batch.behavior_logps, atol=3e-5, rtol=0)
 
 

@@ -48,20 +48,24 @@ def test_clipped_ratio_by_hand(ratio, advantage, clip, expected):
     torch.testing.assert_close(value, torch.tensor([expected]))
 
 
-def test_completion_logps_are_those_of_transformers_logits(moved, ragged):
+@pytest.mark.parametrize("logits", [1 << 26, 4000])  # at once; some columns at a time
+def test_completion_logps_are_those_of_transformers_logits(moved, ragged, logits, monkeypatch):
     """Shared prompts, padding on both sides: against one unpadded sequence at a time."""
+    monkeypatch.setattr(train, "LOGITS", logits)
     batch = collate(ragged, [(n, range(6)) for n in range(40)], moved.device)
     assert (batch.segment[:, 0] == -1).any() and (batch.segment[:, -1] == -1).any()
     with torch.no_grad():
-        all_logps, logps = completion_logps(moved, batch, TEMPERATURE)
-    over_vocabulary = all_logps[batch.row, batch.source].split(batch.length)  # (T, V), trajectory by trajectory
-    assert len(over_vocabulary) == 240
-    for m, (ours, of_tokens) in enumerate(zip(over_vocabulary, logps.split(batch.length), strict=True)):
+        found = completion_logps(moved, batch, TEMPERATURE, with_entropy=True)
+    by_trajectory = list(zip(*(values.split(batch.length) for values in found), strict=True))
+    assert len(by_trajectory) == 240
+    for m, (logps, entropy) in enumerate(by_trajectory):
         ids, start, _ = sequence(ragged, *divmod(m, 6))
         with torch.no_grad():
             expected = torch.log_softmax(moved(ids[None]).logits[0] / TEMPERATURE, -1)[start - 1 : -1]
-        torch.testing.assert_close(ours, expected, atol=3e-5, rtol=0)
-        torch.testing.assert_close(of_tokens, expected.gather(1, ids[start:, None])[:, 0], atol=3e-5, rtol=0)
+        torch.testing.assert_close(
+            entropy, torch.distributions.Categorical(logits=expected).entropy(), atol=3e-5, rtol=0
+        )
+        torch.testing.assert_close(logps, expected.gather(1, ids[start:, None])[:, 0], atol=3e-5, rtol=0)
 
 
 def test_a_piece_has_the_rows_and_the_advantages_of_its_group(ragged):
@@ -190,7 +194,9 @@ def test_micro_batches_change_nothing(moved, toy, ragged):
 def test_equal_rewards_cost_no_forward_pass(moved, toy, ragged, monkeypatch):
     model, prompts = copy.deepcopy(moved), []
     monkeypatch.setattr(
-        train, "completion_logps", lambda m, b, t: prompts.extend(b.prompt_index) or completion_logps(m, b, t)
+        train,
+        "completion_logps",
+        lambda m, b, *o, **p: prompts.extend(b.prompt_index) or completion_logps(m, b, *o, **p),
     )
     grpo_step(model, None, ragged, **OPTIONS)
     assert sorted(prompts) == ragged.prompt_index[ragged.live()].tolist()

@@ -78,7 +78,7 @@ def largest_difference(model, trajectories, temperature: float) -> float:
     for pieces in micro_batches(trajectories, range(len(trajectories.rewards)), 16384):
         batch = collate(trajectories, pieces, model.device)
         with torch.no_grad():
-            _, logps = completion_logps(model, batch, temperature)
+            logps, _ = completion_logps(model, batch, temperature)
         found = max(found, float((logps - batch.behavior_logps).abs().max()))
     return found
 

@@ -122,22 +122,20 @@ def demonstration(rng: random.Random) -> tuple[str, str]:
     return f"{family}({argument})=", answer
 
 
-def warm_start(steps: int, batch: int = 256) -> None:
-    """Supervised learning on the demonstrations; the loss counts answer tokens (and the end token) only."""
+def warm_start(steps: int, batch: int = 256, folder: Path = HERE / "model", lr: float = 3e-3, **shape: int) -> None:
+    """Supervised learning on the demonstrations; the loss counts answer tokens (and the end token) only. `shape` are
+    options of Qwen2Config: `bench/projection.py` trains a wider model this way."""
     import torch
     from tqdm import trange
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     tokenizer = make_tokenizer()
     torch.manual_seed(0)
+    sizes = {"hidden_size": 96, "intermediate_size": 288, "num_hidden_layers": 3, "num_attention_heads": 4}
     model = Qwen2ForCausalLM(
         Qwen2Config(
+            **sizes | {"num_key_value_heads": 2} | shape,
             vocab_size=len(tokenizer),
-            hidden_size=96,
-            intermediate_size=288,
-            num_hidden_layers=3,
-            num_attention_heads=4,
-            num_key_value_heads=2,
             max_position_embeddings=64,
             tie_word_embeddings=False,  # vLLM's CPU backend does not follow a tied matrix on weight reload
             pad_token_id=tokenizer.pad_token_id,
@@ -145,9 +143,9 @@ def warm_start(steps: int, batch: int = 256) -> None:
             bos_token_id=None,
         )
     )
-    print(f"toy/model: {sum(p.numel() for p in model.parameters()):,} parameters")
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps)
+    print(f"{folder}: {sum(p.numel() for p in model.parameters()):,} parameters")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps)
     rng = random.Random(1)
     for _ in trange(steps, desc="warm start", disable=None):
         pairs = [demonstration(rng) for _ in range(batch)]
@@ -164,8 +162,8 @@ def warm_start(steps: int, batch: int = 256) -> None:
         optimizer.step()
         schedule.step()
     print(f"warm start: last loss {loss.item():.3f}")
-    model.save_pretrained(HERE / "model")
-    tokenizer.save_pretrained(HERE / "model")
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
 
 
 def print_pass_rates() -> None:
