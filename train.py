@@ -297,7 +297,8 @@ def token_logps(
     tokens: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """`completion_logps` of those tokens that the hidden states (P, c, H) predict."""
-    all_logps = torch.log_softmax(head(hidden).float() / temperature, -1)  # (P, c, V)
+    logits = head(hidden)  # (P, c, V); in float32 from here on
+    all_logps = torch.log_softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature, -1)
     entropy = -(all_logps.exp() * all_logps).sum(-1)[row, column] if with_entropy else torch.zeros(len(row))
     return all_logps[row, column, tokens], entropy
 

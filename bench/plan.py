@@ -6,6 +6,8 @@
 Nothing is loaded but the config (the model stands on the meta device) and, to count prompts, the data. Where data
 cannot be opened, `--prompts NAME=COUNT` says how many there are, NAME being train, valid-SET or test-SET.
 
+Sketches also cost launches of small operations, whose number hangs on the number of weight tensors alone.
+
 A forward pass costs, per token, 2 FLOPs for each weight of a linear layer and 4 · layers · width for each token that it
 looks back on; a backward pass twice that. What is guessed are options: the mean lengths (completions are as long as
 they may be unless one says), the share of prompts that is live, and the FLOP/s that are sustained: fewer in sampling,
@@ -15,15 +17,18 @@ Memory is that of the largest batch, of `batch_tokens` tokens, or of one traject
 - activations, 2.5 bytes for each input and output of a linear layer, and token. In bfloat16, on Qwen2.5-1.5B's shape,
   what autograd saves is 2.4 in scoring, whose peak is 2.4 too, and 2.5 in training. With gradient checkpointing it is
   one layer's share, and 4 bytes times the width for each of the others.
-- log-probs over the vocabulary, 12 bytes in scoring and 20 in training for each token and entry,
+- log-probs over the vocabulary, 12 bytes in scoring and 20 in training for each token and entry, of `train.LOGITS`
+  entries at most,
 - training: float32 weights, gradients, AdamW's two moments and the initial policy (20 bytes a weight),
-- scoring: weights, one sign a coordinate, the gradient of the largest tensor, the sketches of a shard, twice,
+- scoring: weights, a sign for each row and column of a matrix (with r below 1 also a byte a coordinate), the gradient
+  of the largest tensor, the sketches of a shard, twice,
 - vLLM, while it samples: its share of the device (`gpu_memory`) beside what the scripts hold.
 
 Disk is that at the fullest moment: the models of all stages, 4 bytes a weight; the optimizer states of the last
 `--keep-states` stages and of the one that has just been trained, 8; a checkpoint and the one that replaces it, 12 each.
 """
 
+import math
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -40,6 +45,10 @@ import cropi  # noqa: E402
 import rollout  # noqa: E402
 from cropi import select  # noqa: E402
 from rollout import BadInput, above_zero, command_line, require  # noqa: E402
+from train import LOGITS  # noqa: E402
+
+SKETCH = 8  # operations for each weight tensor and prompt, at most, beside the one that makes its gradient
+LAUNCH = 1e-5  # seconds, of an operation that has next to nothing to do
 
 
 def defaults(script: str) -> dict:
@@ -56,6 +65,10 @@ class Costs:
         self.matrices = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear))
         self.layers, self.width, self.vocabulary = config.num_hidden_layers, config.hidden_size, config.vocab_size
         self.largest = max(p.numel() for p in model.parameters())
+        layers = [m for m in model.modules() if isinstance(m, nn.Linear | nn.Embedding)]
+        called = [p for m in layers for p in m.parameters()]  # a tied weight twice
+        self.sketch_launches = (1 + SKETCH) * len(called)
+        self.signs = sum(p.shape[0] + math.prod(p.shape[1:]) for p in {id(p): p for p in called}.values())
         features = sum(m.in_features + m.out_features for m in model.modules() if isinstance(m, nn.Linear))
         self.activations = 2.5 * (
             features - config.hidden_size - config.vocab_size
@@ -140,10 +153,20 @@ def plan(
     p = prompt_tokens
     rows = []
 
-    def add(what: str, groups: float, samples: int, passes: float, speed: float, memory: float, disk: float) -> None:
-        """`groups` prompts with K samples, `passes` forward passes each."""
+    def add(
+        what: str,
+        groups: float,
+        samples: int,
+        passes: float,
+        speed: float,
+        memory: float,
+        disk: float,
+        launches: int = 0,
+    ) -> None:
+        """`groups` prompts with K samples, `passes` forward passes and so many launches each."""
         flops, tokens = groups * passes * costs.forward(p, c, samples), groups * (p + samples * c)
         row = {"what": what, "prompts": groups, "tokens": tokens, "flops": flops, "hours": flops / speed / 3.6e15}
+        row["hours"] += groups * launches * LAUNCH / 3600
         rows.append(row | {"memory": memory, "disk": disk})
 
     weights = (4 if roll["dtype"] == "float32" else 2) * costs.weights
@@ -163,10 +186,17 @@ def plan(
         passes = 1 if run["static"] else stages
         for what, groups, samples in (("pool", pool, roll["samples"]), ("validation", valid, check["samples"])):
             scored, tokens = passes * live * groups, max(score["batch_tokens"], p + roll["max_tokens"])
-            memory = weights + costs.weights + 6 * costs.largest + 8 * score["k"] * min(roll["shard"], groups)
-            memory += tokens * (costs.activations + 12 * costs.vocabulary)
+            signs = 4 * costs.signs + (costs.weights if score["sparse_ratio"] < 1 else 0)
+            memory = weights + signs + 6 * costs.largest + 8 * score["k"] * min(roll["shard"], groups)
+            memory += tokens * costs.activations + 12 * min(tokens * costs.vocabulary, LOGITS)
             halved = passes * live * min(score["halves"], groups) if samples % 2 == 0 else 0
-            add(f"scoring, {what}", scored, samples, 3, tflops, memory, (scored + halved) * 4 * score["k"])
+            disk, launches = (scored + halved) * 4 * score["k"], costs.sketch_launches
+            add(f"scoring, {what}", scored, samples, 3, tflops, memory, disk, launches)
+        seconds = costs.sketch_launches * LAUNCH
+        print(
+            f"sketches: at most {costs.sketch_launches:,} launches a prompt ({1e3 * seconds:.0f} ms), signs of ", end=""
+        )
+        print(human(signs, "B"))
     chosen = pool if run["selector"] == "full" else max(1, round(run["frac"] * pool))
     drawn = stages * step["steps"] * min(step["batch_prompts"], chosen)
     held = (20 if step["kl"] else 16) * costs.weights
@@ -175,7 +205,8 @@ def plan(
     if step["gradient_checkpointing"]:  # one more pass forward
         activations, passes = activations / costs.layers + 4 * costs.layers * costs.width, 4
     passes = passes * step["iterations"] + (step["iterations"] if step["kl"] else 0)
-    memory = held + max(step["batch_tokens"], p + step["max_tokens"]) * (activations + 20 * costs.vocabulary)
+    tokens = max(step["batch_tokens"], p + step["max_tokens"])
+    memory = held + tokens * activations + 20 * min(tokens * costs.vocabulary, LOGITS)
     kept = 4 * stages + 8 * min(stages, run["keep_states"] + 1) + 24  # bytes a weight
     add("training, updates", live * drawn, step["samples"], passes, tflops, memory, kept * costs.weights)
     add_rollouts("evaluation", (stages + 1) * test, settings["test"]["samples"])

@@ -29,6 +29,7 @@ Writes docs/projection.json and docs/projection.png and prints tables.
 
 import argparse
 import json
+import math
 import os
 import platform
 import statistics
@@ -47,7 +48,9 @@ from speed import best_plain, timed
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "toy")]
+
+import make  # noqa: E402
 
 import project  # noqa: E402
 import rollout  # noqa: E402
@@ -57,7 +60,7 @@ from train import collate, completion_logps, micro_batches  # noqa: E402
 KS = (256, 1024, 4096, 32768)
 TIMED = (1e-5, 1e-3, 0.1, 1.0)
 RATIOS = (1e-5, 1e-4, 1e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0)
-METHODS = ("even shares", "same ratio", "rows x columns", "Gaussian", "float16", "first")
+METHODS = ("even shares", "same ratio", "rows x columns", "Gaussian", "float16", "first", "two-sided")
 CPU = torch.device("cpu")
 
 
@@ -107,35 +110,58 @@ class Exact:
         return float(overlap), float(np.mean([np.corrcoef(a, b)[0, 1] if np.ptp(a) else 0.0 for a, b in pairs]))
 
     def sketch(self, projection: project.SparseProjection) -> torch.Tensor:
-        """What `SparseProjection.add` makes of these gradients (k, N + V), from kept coordinates alone."""
-        sketches = torch.zeros(projection.k, self.columns.shape[1])
-        for name, (sign, scale, shifts) in projection.blocks.items():
-            kept = sign.nonzero()[:, 0]
-            bucket = (kept + torch.tensor(shifts)[kept // projection.k]) % projection.k
-            values = self.columns[self.place[name]][kept] * (scale * sign[kept])[:, None]
-            sketches.index_add_(0, bucket, values)
-        return sketches
+        """Of these gradients (k, N + V)."""
+        sketches = torch.zeros(self.columns.shape[1], projection.k)
+        for name in projection.blocks:
+            gradient = self.columns[self.place[name]].T.contiguous()
+            projection.add(sketches, name, gradient.view(len(gradient), self.shapes[name][0], -1))
+        return sketches.T
 
 
 def projection(exact: Exact, method: str, k: int, r: float, seed: int, names: list[str]) -> project.SparseProjection:
-    sizes = {name: exact.sizes[name] for name in names}
-    if method == "even shares":
-        return project.SparseProjection(sizes, project.keep_probability(sizes, r), k, seed, CPU)
-    if method == "same ratio":
-        return project.SparseProjection(sizes, dict.fromkeys(sizes, r), k, seed, CPU)
-    made = project.SparseProjection(sizes, dict.fromkeys(sizes, 1.0), k, seed, CPU)
+    sizes, shapes = {name: exact.sizes[name] for name in names}, {name: exact.shapes[name] for name in names}
+    keep = project.keep_probability(sizes, r) if method == "even shares" else dict.fromkeys(sizes, r)
+    if method == "two-sided":
+        return TwoSided(shapes, k, seed)
+    if method in ("even shares", "same ratio"):
+        return project.SparseProjection(shapes, keep, k, seed, exact.columns)
+    made = project.SparseProjection(shapes, dict.fromkeys(sizes, 1.0), k, seed, exact.columns)
     random, left = np.random.default_rng(seed), round(r * sum(sizes.values()))
-    for name, (sign, _, shifts) in made.blocks.items():
-        keep = torch.zeros(len(sign), dtype=torch.bool)
+    for name, (row, column, _, _, shift) in made.blocks.items():
+        kept = torch.zeros(sizes[name], dtype=torch.bool)
         if method == "first":
-            keep[: max(0, left)] = True
-            left -= len(sign)
+            kept[: max(0, left)] = True
+            left -= len(kept)
         else:
-            shape = exact.shapes[name]
+            shape = shapes[name]
             sides = [torch.from_numpy(random.random(n) < r ** (1 / len(shape))) for n in shape]
-            keep = torch.outer(*sides).flatten() if len(sides) == 2 else sides[0]
-        made.blocks[name] = (sign * keep, 1.0, shifts)
+            kept = torch.outer(*sides).flatten() if len(sides) == 2 else sides[0]
+        made.blocks[name] = row, column, kept.view(len(row), len(column)), 1.0, shift
     return made
+
+
+class TwoSided:
+    """Rows and columns hashed before the product of δ and the inputs, so that no (O, I) matrix is made: a count sketch
+    of m rows and n columns with m·n = k, as nearly square as the matrix allows, turned by a random shift."""
+
+    def __init__(self, shapes: dict[str, tuple[int, ...]], k: int, seed: int):
+        self.k, self.blocks, generator = k, {}, torch.Generator().manual_seed(seed)
+        for name, shape in shapes.items():
+            sides = [shape[0], math.prod(shape[1:])]
+            narrow = 2 ** int(math.log2(min(*sides, k**0.5)))  # of the smaller side, in case it is short
+            widths = [narrow, k // narrow] if sides[0] <= sides[1] else [k // narrow, narrow]
+            matrices = []  # ±1 in each row: (O, m) and (I, n)
+            for side, width in zip(sides, widths, strict=True):
+                matrix = torch.zeros(side, width)
+                sign = torch.randint(0, 2, (side,), generator=generator) * 2.0 - 1
+                matrix[torch.arange(side), torch.randperm(side, generator=generator) % width] = sign
+                matrices.append(matrix)
+            self.blocks[name] = *matrices, int(torch.randint(0, k, (), generator=generator))
+
+    def add(self, sketch: torch.Tensor, name: str, gradient: torch.Tensor) -> None:
+        """As `SparseProjection.add`, for comparisons with exact gradients."""
+        rows, columns, shift = self.blocks[name]
+        sketch += (rows.T @ gradient @ columns).flatten(1).roll(shift, 1)
 
 
 def gaussian(exact: Exact, seed: int) -> dict:
@@ -164,6 +190,14 @@ def gaussian(exact: Exact, seed: int) -> dict:
     return found
 
 
+def make_run(folder: Path, *options: str, stages: int = 2, lr: str = "5e-5") -> Path:
+    """What is there is not made again."""
+    command = [sys.executable, str(ROOT / "cropi.py"), "run", "--out", str(folder), "--stages", str(stages), *options]
+    settings = ["--set", "train.steps=20", "--set", f"train.lr={lr}"]
+    subprocess.run([*command, *settings], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+    return folder
+
+
 def precision(run: Path, seeds: int, every: int) -> dict:
     exact = Exact(run, every)
     covered = [name for name in exact.sizes if "norm" not in name]
@@ -186,6 +220,7 @@ def precision(run: Path, seeds: int, every: int) -> dict:
             made = [projection(exact, "even shares", k, r, seed, names) for seed in range(seeds)]
             add([exact.agreement(exact.sketch(p)) for p in made], method="even shares", covered=label, k=k, r=r)
     cases = [(method, k, r) for method in METHODS if method not in ("Gaussian", "float16") for k in KS for r in RATIOS]
+    cases = [case for case in cases if case[0] != "two-sided" or case[2] == 1]  # it keeps all
     for method, k, r in tqdm(cases, desc="sketches", unit="case"):
         names = sets["all parameters"] if method == "first" else covered
         made = (projection(exact, method, k, r, seed, names) for seed in range(seeds))
@@ -196,33 +231,50 @@ def precision(run: Path, seeds: int, every: int) -> dict:
     return {"prompts": exact.prompts, "seeds": seeds, "rows": rows}
 
 
+def wide_model(folder: Path) -> Path:
+    """4.5 million parameters, its width a large factor of k, trained like the toy's."""
+    if not folder.exists():
+        shape = {"hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 2, "num_attention_heads": 8}
+        make.warm_start(400, folder=folder, lr=1e-3, **shape)
+    return folder
+
+
+def two_sided(runs: Path, seeds: int, every: int) -> list[dict]:
+    """Ours and the two-sided sketch over k, on policies that had no part in choosing either."""
+    worlds = {f"toy, seed {seed}": (seed, rollout.TOY / "model", "5e-5") for seed in (1, 2)}
+    worlds["wide"] = 0, wide_model(runs / "wide-model"), "2e-5"
+    rows = []
+    for label, (seed, model, lr) in worlds.items():
+        run = make_run(runs / f"projection-{model.name}-{seed}", "--seed", str(seed), "--model", str(model), lr=lr)
+        exact = Exact(run, every * (3 if label == "wide" else 1))
+        covered = [name for name in exact.sizes if "norm" not in name]
+        for method in ("even shares", "two-sided"):
+            for k in tqdm(KS, desc=f"{label}, {method}", unit="k"):
+                made = [projection(exact, method, k, 1.0, seed, covered) for seed in range(seeds)]
+                precision, correlation = zip(*(exact.agreement(exact.sketch(p)) for p in made), strict=True)
+                row = {"policy": label, "prompts": exact.prompts, "method": method, "k": k, "precision": precision}
+                rows.append(row | {"rank_correlation": correlation})
+        del exact
+    return rows
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Speed
 
 
-class RowsColumns(project.GradientSketcher):
-    """Of each matrix √r of the rows and of the columns: the product itself is smaller."""
+class TwoSidedSketcher(project.GradientSketcher):
+    """Scoring with `TwoSided`."""
 
-    def __init__(self, model, k: int, r: float, seed: int):
+    def __init__(self, model, k: int, seed: int):
         super().__init__(model, k, 1.0, seed)
-        random = np.random.default_rng(seed)
-        self.sides = {}
-        sizes = {name: bias.numel() for name, bias in self.biases.items()}
-        for name, weight in self.weights.items():
-            sides = [(random.random(n) < r**0.5).nonzero()[0] for n in weight.shape]
-            self.sides[name] = [torch.from_numpy(side if len(side) else np.zeros(1, int)) for side in sides]
-            sizes[name] = len(self.sides[name][0]) * len(self.sides[name][1])
-        self.projection = project.SparseProjection(sizes, dict.fromkeys(sizes, 1.0), k, seed, CPU)
+        self.projection = TwoSided({name: tuple(weight.shape) for name, weight in self.weights.items()}, k, seed)
 
-    def _weight_gradient(self, name: str, calls: list) -> torch.Tensor:
-        rows, columns = self.sides[name]
-        if not calls[0][0].is_floating_point():
-            return super()._weight_gradient(name, calls)[:, rows][:, :, columns]
-        prompts = len(calls[0][0])
-        gradient = self.workspace[: prompts * len(rows) * len(columns)].view(prompts, len(rows), len(columns))
-        for number, (taken, delta) in enumerate(calls):
-            gradient.baddbmm_(delta[..., rows].mT, taken[..., columns], beta=float(number > 0))
-        return gradient
+    def _add(self, name: str, taken: torch.Tensor, delta: torch.Tensor) -> None:
+        rows, columns, shift = self.projection.blocks[name]
+        if self.weights[name].ndim == 1:
+            return self.projection.add(self.sketches, name, delta.sum(1)[:, :, None])
+        left, right = (delta @ rows, taken @ columns) if taken.is_floating_point() else (rows[taken], delta @ columns)
+        self.sketches += (left.mT @ right).flatten(1).roll(shift, 1)
 
 
 def dense_block(k: int, coordinates: int, prompts: int) -> float:
@@ -250,8 +302,8 @@ def speed(run: Path, rounds: int) -> dict:
     ways = {(f"plain, {way}",): best_plain(plain_model, trajectories, way) for way in ("repeated", "shared")}
     for k in KS:
         for r in TIMED:
-            for method, kind in (("even shares", project.GradientSketcher), ("rows x columns", RowsColumns)):
-                ways[method, k, r] = lambda sketcher=kind(policy(), k, r, 0): score(sketcher)
+            ways["even shares", k, r] = lambda sketcher=project.GradientSketcher(policy(), k, r, 0): score(sketcher)
+        ways["two-sided", k, 1.0] = lambda sketcher=TwoSidedSketcher(policy(), k, 0): score(sketcher)
     seconds: dict[tuple, list[float]] = {way: [] for way in ways}
     for number in tqdm(range(rounds + 1), desc="speed", unit="round"):
         for way, work in ways.items():
@@ -350,7 +402,7 @@ def scale(run: Path, counts: tuple[int, ...]) -> list[dict]:
 def draw(result: dict) -> None:
     figure = Figure(figsize=(13, 6.4), layout="tight")
     axes = figure.subplots(2, len(KS), sharey="row", sharex=True)
-    colors = dict(zip(METHODS, ("C3", "C1", "C0", "k", "0.55", "C2"), strict=True))
+    colors = dict(zip(METHODS, ("C3", "C1", "C0", "k", "0.55", "C2", "C4"), strict=True))
     for top, bottom, k in zip(*axes, KS, strict=True):
         for method in METHODS:
             rows = [row for row in result["precision"]["rows"] if row["method"] == method and row.get("k") == k]
@@ -379,6 +431,33 @@ def draw(result: dict) -> None:
     figure.savefig(ROOT / "docs" / "projection.png", dpi=120)
 
 
+def draw_two_sided(rows: list[dict]) -> None:
+    policies = list(dict.fromkeys(row["policy"] for row in rows))
+    figure = Figure(figsize=(11, 3.6), layout="tight")
+    for axes, policy in zip(figure.subplots(1, len(policies), sharey=True), policies, strict=True):
+        for method, color in (("even shares", "C3"), ("two-sided", "C4")):
+            curve = [row for row in rows if row["policy"] == policy and row["method"] == method]
+            k, values = [row["k"] for row in curve], [row["precision"] for row in curve]
+            label = "here" if method == "even shares" else method
+            axes.plot(k, [np.mean(v) for v in values], label=label, marker="o", color=color)
+            axes.fill_between(
+                k, [min(v) for v in values], [max(v) for v in values], color=color, alpha=0.15, linewidth=0
+            )
+        axes.set(title=policy, xscale="log", xlabel="k", ylim=(0.4, 1), xticks=KS, xticklabels=[f"{k:,}" for k in KS])
+        axes.grid(alpha=0.3)
+        axes.minorticks_off()
+        axes.tick_params(axis="x", rotation=30)
+    figure.axes[0].set_ylabel("top-10% precision")
+    figure.axes[0].legend(loc="lower right")
+    figure.savefig(ROOT / "docs" / "two_sided.png", dpi=120)
+    print(f"\n| policy | method | {' | '.join(f'k = {k:,}' for k in KS)} |\n|---|---|{'---|' * len(KS)}")
+    for policy in policies:
+        for method in ("even shares", "two-sided"):
+            curve = [row for row in rows if row["policy"] == policy and row["method"] == method]
+            cells = [f"{np.mean(row['precision']):.3f} ({np.mean(row['rank_correlation']):.3f})" for row in curve]
+            print(f"| {policy} | {method} | {' | '.join(cells)} |")
+
+
 def tables(result: dict) -> None:
     print("\n| covered | exact | k = 4096, r = 0.1 | k = 4096, r = 1 | k = 32768, r = 0.1 | k = 32768, r = 1 |")
     print("|---|---|---|---|---|---|")
@@ -402,27 +481,28 @@ def tables(result: dict) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", choices=["precision", "speed", "scale"], help="one part")
+    parser.add_argument("--only", choices=["precision", "speed", "scale", "two_sided"], help="one part")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--every", type=int, default=2, help="of the live prompts, every one or every second ...")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--runs", type=Path, default=ROOT / "runs", help="folder of the runs")
     arguments = parser.parse_args()
-    run = arguments.runs / "influence-20-steps-0"
-    command = [sys.executable, str(ROOT / "cropi.py"), "run", "--set", "train.steps=20", "--out", str(run)]
-    subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)  # what is there is not made again
+    run = make_run(arguments.runs / "influence-20-steps-0", stages=8)
     file = ROOT / "docs" / "projection.json"
     result = json.loads(file.read_text()) if file.exists() else {}
     parts = {
         "speed": lambda: speed(run, arguments.rounds),
         "scale": lambda: scale(run, (1_000, 5_000, 20_000, 50_000)),
         "precision": lambda: precision(run, arguments.seeds, arguments.every),
+        "two_sided": lambda: two_sided(arguments.runs, arguments.seeds, arguments.every),
     }
     for part, work in parts.items():
         if arguments.only in (None, part):
             result[part] = work()
             result |= {"cores": os.cpu_count(), "torch": torch.__version__, "python": platform.python_version()}
             file.write_text(json.dumps(result, indent=1) + "\n")
+    if "two_sided" in result:
+        draw_two_sided(result["two_sided"])
     if {"precision", "speed"} <= set(result):
         draw(result)
         tables(result)

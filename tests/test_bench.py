@@ -17,6 +17,7 @@ import torch
 import typer
 from conftest import ROOT, identities, load_all, load_folder
 from safetensors.numpy import load_file
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(ROOT / "bench"))
@@ -28,7 +29,9 @@ import plan
 import tries
 
 import cropi
+import project
 import rollout
+import train
 from rollout import BadInput
 
 
@@ -400,6 +403,27 @@ def test_the_plan_counts_what_torch_counts(toy):
     assert causal == 2 * costs.matrices * length + costs.attention * length**2 / 2
     assert costs.forward(10, 15, 2) == costs.forward(10, 0, 0) + 2 * (costs.forward(25, 0, 0) - costs.forward(10, 0, 0))
     assert costs.weights == toy[0].num_parameters()
+
+
+def test_the_plan_counts_launches_and_signs_as_scoring_needs_them(toy, ragged, monkeypatch):
+    class Launches(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            counted.append(function)
+            return function(*args, **(kwargs or {}))
+
+    costs, counted, add = plan.Costs(toy[0]), [], project.GradientSketcher._add
+
+    def watched(*args):
+        with Launches():
+            add(*args)
+
+    monkeypatch.setattr(project.GradientSketcher, "_add", watched)
+    sketcher = project.GradientSketcher(copy.deepcopy(toy[0]), 64, 0.1, seed=0)
+    n = int(ragged.live()[0])
+    sketcher.sketch(train.collate(ragged, [(n, range(6))], torch.device("cpu")), 1.0)
+    launches = sum(not function.is_view for function in counted)
+    assert 0.6 * costs.sketch_launches < launches <= costs.sketch_launches
+    assert costs.signs == sum(row.numel() + column.numel() for row, column, *_ in sketcher.projection.blocks.values())
 
 
 @pytest.mark.parametrize(("size", "weights"), [("1.5B", 1.54e9), ("7B", 7.61e9)])  # as the model cards say

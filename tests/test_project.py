@@ -178,7 +178,7 @@ def test_halves_are_those_of_the_trajectories(moved, ragged, batch_tokens):
             assert (half[row] - expected).norm() <= 1e-4 * expected.norm() + 1e-7
 
 
-@pytest.mark.parametrize("change", ["order", "padding", "slices", "long"])
+@pytest.mark.parametrize("change", ["order", "padding", "slices", "long", "logits"])
 def test_batching_changes_nothing(moved, ragged, change, monkeypatch):
     sketcher = GradientSketcher(copy.deepcopy(moved), k=K, sparse_ratio=0.1, seed=1)
     live = live_pieces(ragged)
@@ -192,6 +192,8 @@ def test_batching_changes_nothing(moved, ragged, change, monkeypatch):
     if change == "long":  # rows alone, two calls of attention
         monkeypatch.setattr(train, "LONG", 1)
         batches = [collate(ragged, [piece], moved.device) for piece in live]
+    if change == "logits":  # those of a few columns at a time
+        monkeypatch.setattr(train, "LOGITS", 5000)
     if change == "slices":  # weight gradients of one prompt at a time
         sketcher.MATRIX_ELEMENTS = 1
     for other in batches:

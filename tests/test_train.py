@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 import torch
 from conftest import TEMPERATURE, sample, save_selection, sequence
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
+import project
 import rollout
 import train
 from rollout import TOY, load_prompts
@@ -106,11 +108,12 @@ def test_batches_have_every_trajectory_once_and_keep_to_their_size(ragged, batch
     assert sorted(seen) == [(n, k) for n in live for k in range(6)]
 
 
-@pytest.mark.parametrize("long", [train.LONG, 1])
-def test_gradient_checkpointing_changes_nothing(moved, toy, ragged, long, monkeypatch):
+@pytest.mark.parametrize(("long", "logits"), [(train.LONG, train.LOGITS), (1, 500)])
+def test_gradient_checkpointing_changes_nothing(moved, toy, ragged, long, logits, monkeypatch):
     """Layers computed twice: the same gradients."""
     plain, measured = gradients(moved, toy[0], ragged)
     monkeypatch.setattr(train, "LONG", long)
+    monkeypatch.setattr(train, "LOGITS", logits)
     model = copy.deepcopy(moved)
     model.gradient_checkpointing_enable({"use_reentrant": False})
     model.train()
@@ -154,10 +157,14 @@ def gradients(model, initial, trajectories, **options):
 
 
 @pytest.mark.parametrize("long", [train.LONG, 1])  # one call of attention under a mask; two ordinary ones
-def test_gradient_is_that_of_the_formula(moved, toy, ragged, long, monkeypatch):
-    """J of the file's head, written out sequence by sequence, token by token, and differentiated by autograd."""
+@pytest.mark.parametrize("logits", [train.LOGITS, 500])  # at once; a few columns at a time
+def test_gradient_is_that_of_the_formula(moved, toy, ragged, long, logits, monkeypatch):
+    """J of the file's head, written out sequence by sequence, token by token, and differentiated by autograd, all in
+    float64."""
     monkeypatch.setattr(train, "LONG", long)
-    model, (initial, _) = copy.deepcopy(moved), toy
+    monkeypatch.setattr(train, "LOGITS", logits)
+    moved, initial = (copy.deepcopy(m).double() for m in (moved, toy[0]))
+    model = copy.deepcopy(moved)
     objective = 0.0
     for n in range(40):
         rewards = ragged.rewards[n].astype(np.float64)
@@ -177,10 +184,45 @@ def test_gradient_is_that_of_the_formula(moved, toy, ragged, long, monkeypatch):
             objective += total / (len(ids) - start) / (40 * 6)
     (-objective).backward()
     ours, measured = gradients(moved, initial, ragged)
-    assert measured["objective"] == pytest.approx(objective.item(), abs=1e-5)
+    assert measured["objective"] == pytest.approx(objective.item(), abs=1e-7)
     assert 0 < measured["outside_clip"] < 1
-    for name, parameter in model.named_parameters():
-        assert (ours[name] - parameter.grad).norm() <= 1e-4 * parameter.grad.norm(), name
+    for name, parameter in model.named_parameters():  # advantages and 1/(K|τ|) are float32
+        assert (ours[name] - parameter.grad).norm() <= 1e-6 * parameter.grad.norm(), name
+
+
+class LargestLogits(TorchDispatchMode):
+    """Elements of the largest tensor over the vocabulary that any operation returns."""
+
+    def __init__(self, vocabulary: int):
+        super().__init__()
+        self.vocabulary, self.elements = vocabulary, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        made = function(*args, **(kwargs or {}))
+        new = isinstance(made, torch.Tensor) and not function.is_view
+        if new and made.ndim > 2 and made.shape[-1] == self.vocabulary:
+            self.elements = max(self.elements, made.numel())
+        return made
+
+
+@pytest.mark.parametrize("script", ["train", "project"])
+def test_logits_are_never_held_whole(moved, toy, ragged, script, monkeypatch):
+    """Forward and backward, with KL and entropy."""
+    vocabulary, model = moved.config.vocab_size, copy.deepcopy(moved)
+    whole = collate(ragged, [(int(n), range(6)) for n in ragged.live()], moved.device)
+    whole = len(whole.ids) * (int(whole.source.max()) + 1) * vocabulary
+    found = []
+    for limit in (train.LOGITS, whole // 10):
+        monkeypatch.setattr(train, "LOGITS", limit)
+        with LargestLogits(vocabulary) as largest:
+            if script == "train":
+                grpo_step(model, toy[0], ragged, **OPTIONS)
+            else:
+                sketcher = project.GradientSketcher(model, 64, 1.0, seed=1)
+                groups = ragged.take(ragged.live())
+                project.project_groups(sketcher, groups, np.zeros(len(groups.rewards), bool), TEMPERATURE, 10**6)
+        found.append(largest.elements)
+    assert found[0] == whole and 0 < found[1] <= whole // 10
 
 
 def test_micro_batches_change_nothing(moved, toy, ragged):
