@@ -71,9 +71,20 @@ from pebble import ProcessPool
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save_file
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DynamicCache,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 from transformers.utils.logging import disable_progress_bar
 
 disable_progress_bar()  # transformers' own bars, one per file read or written
@@ -761,6 +772,23 @@ class Completion:
     truncated: bool
 
 
+def grouped_attention(
+    module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **others
+) -> tuple[Tensor, None]:
+    """sdpa's attention (B, heads, W, d) -> (B, W, heads, d). For a single new token, the heads that share keys and values
+    are taken as several queries to them. sdpa copies keys and values for each head: sampling takes 1.6 times as long
+    (bench/speed.py)."""
+    if query.shape[2] > 1:
+        return sdpa_attention_forward(module, query, key, value, mask, **others)
+    heads = query.view(*key.shape[:2], -1, query.shape[3])
+    outputs = scaled_dot_product_attention(heads, key, value, attn_mask=mask, scale=others["scaling"])
+    return outputs.reshape(len(key), 1, -1, value.shape[3]), None
+
+
+AttentionInterface.register(grouped_attention.__name__, grouped_attention)
+AttentionMaskInterface.register(grouped_attention.__name__, sdpa_mask)
+
+
 class TransformersEngine:
     """Batched sampling with a KV cache, on any causal language model of transformers.
 
@@ -769,6 +797,7 @@ class TransformersEngine:
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_tokens: int = 16384):
         self.model, self.batch_tokens = model, batch_tokens
+        model.set_attn_implementation(grouped_attention.__name__)
         ends = model.generation_config.eos_token_id
         ends = tokenizer.eos_token_id if ends is None else ends
         require(ends is not None, "neither generation_config.json nor the tokenizer names an end token (eos_token)")

@@ -61,7 +61,6 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -233,7 +232,7 @@ def shared_prompt_attention(
     empty: the prompt's to itself, then that of each completion to [the prompt; itself]. `widths` are theirs, in order.
     """
     if not widths:
-        return sdpa_attention_forward(module, query, key, value, mask, **others)
+        return rollout.grouped_attention(module, query, key, value, mask, **others)
     outputs, start, prompt = [], 0, widths[0]
     for width in widths:
         q, k, v = (x[:, :, start : start + width] for x in (query, key, value))
@@ -241,7 +240,7 @@ def shared_prompt_attention(
         if start:
             k, v = torch.cat([key[:, :, :prompt], k], 2), torch.cat([value[:, :, :prompt], v], 2)
             seen = torch.ones(width, prompt + width, dtype=torch.bool, device=q.device).tril(prompt)[None, None]
-        outputs.append(sdpa_attention_forward(module, q, k, v, seen, **others)[0])
+        outputs.append(rollout.grouped_attention(module, q, k, v, seen, **others)[0])
         start += width
     return torch.cat(outputs, 1), None
 
