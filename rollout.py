@@ -775,9 +775,9 @@ class Completion:
 def grouped_attention(
     module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **others
 ) -> tuple[Tensor, None]:
-    """sdpa's attention (B, heads, W, d) -> (B, W, heads, d). For a single new token, the heads that share keys and values
-    are taken as several queries to them. sdpa copies keys and values for each head: sampling takes 1.6 times as long
-    (bench/speed.py)."""
+    """sdpa's attention (B, heads, W, d) -> (B, W, heads, d). For a single new token, heads that share keys and values
+    are taken as several queries to them. sdpa copies keys and values for each head, and sampling takes 1.6 times as
+    long (bench/speed.py)."""
     if query.shape[2] > 1:
         return sdpa_attention_forward(module, query, key, value, mask, **others)
     heads = query.view(*key.shape[:2], -1, query.shape[3])
