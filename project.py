@@ -214,11 +214,14 @@ class SparseProjection:
         gradient.mul_(row).mul_(column)
         if kept is not None:
             gradient.mul_(kept)
-        flat = gradient.flatten(1)  # (P, d)
+        lap = flat = gradient.flatten(1)  # (P, d)
         laps, rest = divmod(flat.shape[1], self.q)
-        lap = flat[:, : flat.shape[1] - rest].unflatten(1, (laps, self.q)).sum(1, dtype=torch.float32)  # (P, q)
-        lap[:, :rest] += flat[:, flat.shape[1] - rest :]
-        sketch[:, : self.q].add_(lap.roll(shift, 1), alpha=scale)
+        if laps:
+            lap = flat[:, : laps * self.q].unflatten(1, (laps, self.q)).sum(1, dtype=torch.float32)  # (P, q)
+            lap[:, :rest] += flat[:, laps * self.q :]
+        before, after = lap[:, : self.q - shift], lap[:, self.q - shift :]  # past the last bucket comes the first
+        sketch[:, shift : shift + before.shape[1]].add_(before, alpha=scale)
+        sketch[:, : after.shape[1]].add_(after, alpha=scale)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -65,6 +65,7 @@ from typing import Annotated, Literal
 import numpy as np
 import torch
 import torch.distributed as dist
+import transformers
 import typer
 from jinja2 import TemplateError
 from pebble import ProcessPool
@@ -74,15 +75,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
-from transformers import (
-    AttentionInterface,
-    AttentionMaskInterface,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    DynamicCache,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 from transformers.utils.logging import disable_progress_bar
@@ -785,8 +778,8 @@ def grouped_attention(
     return outputs.reshape(len(key), 1, -1, value.shape[3]), None
 
 
-AttentionInterface.register(grouped_attention.__name__, grouped_attention)
-AttentionMaskInterface.register(grouped_attention.__name__, sdpa_mask)
+transformers.AttentionInterface.register(grouped_attention.__name__, grouped_attention)
+transformers.AttentionMaskInterface.register(grouped_attention.__name__, sdpa_mask)
 
 
 class TransformersEngine:
@@ -823,7 +816,7 @@ class TransformersEngine:
             BadInput: NaN or infinity in the logits.
         """
         groups: list[list[Completion]] = [[] for _ in prompts]
-        for batch in pack([(samples * (len(p) + max_tokens), 0) for p in prompts], self.batch_tokens):
+        for batch in pack([samples * (len(p) + max_tokens) for p in prompts], self.batch_tokens):
             indices = [prompt_index[i] for i in batch]
             uniforms = [np.random.default_rng([*seed, i]).random((samples, max_tokens), np.float32) for i in indices]
             completions = self._generate([prompts[i] for i in batch], indices, np.stack(uniforms), temperature)
@@ -840,7 +833,7 @@ class TransformersEngine:
         _, samples, max_tokens = uniforms.shape
         random = torch.from_numpy(uniforms).to(device).flatten(0, 1)  # (P, K, C) -> (P*K, C)
         ids, mask = pad_left(prompts, device)  # (P, L)
-        position, cache = (mask.cumsum(1) - 1).clamp(min=0), DynamicCache(config=self.model.config)
+        position, cache = (mask.cumsum(1) - 1).clamp(min=0), transformers.DynamicCache(config=self.model.config)
         inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": position, "past_key_values": cache}
         logits = self.model(**inputs, use_cache=True, logits_to_keep=1).logits  # (P, 1, V): each prompt once ...
         cache.batch_repeat_interleave(samples)  # ... for its K completions
@@ -1024,19 +1017,14 @@ def open_engine(
     return _vllm[kind]
 
 
-def pack(sizes: Sequence[tuple[int, int]], batch_tokens: int) -> Iterator[list[int]]:
-    """Cut groups into batches of at most `batch_tokens` tokens, padding included, or of one group; like sizes together.
-
-    Args:
-        sizes: tokens of each group, in two parts that are padded each for itself.
-    """
+def pack(sizes: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
+    """Cut groups of these sizes into batches of at most `batch_tokens` tokens, padding included, or of one group; like
+    sizes together."""
     batch: list[int] = []
-    second = 0
     for i in sorted(range(len(sizes)), key=sizes.__getitem__):
-        second = max(second, sizes[i][1])
-        if batch and (len(batch) + 1) * (sizes[i][0] + second) > batch_tokens:
+        if batch and (len(batch) + 1) * sizes[i] > batch_tokens:
             yield batch
-            batch, second = [], sizes[i][1]
+            batch = []
         batch.append(i)
     if batch:
         yield batch

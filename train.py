@@ -65,24 +65,7 @@ from transformers.masking_utils import sdpa_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 import rollout
-from rollout import (
-    RANK,
-    TOY,
-    Array,
-    BadInput,
-    Count,
-    Dtype,
-    Engine,
-    Given,
-    MaybeCount,
-    Natural,
-    Positive,
-    Reward,
-    Share,
-    Trajectories,
-    Weight,
-    require,
-)
+from rollout import TOY, Array, BadInput, Count, Natural, Positive, Trajectories, Weight, require
 
 CODE = rollout.CODE | {"train": rollout.code_digest(__file__)}
 app = typer.Typer(**rollout.PLAIN)
@@ -125,11 +108,12 @@ Piece = tuple[int, Sequence[int]]  # a prompt n, and those of its K trajectories
 
 @dataclass
 class Batch:
-    """P pieces, one to a row of W tokens: a prompt, padded on the left, and behind it its completions, one after
-    another, each without its last token, which predicts nothing. A token sees the prompt and its own completion alone,
-    so a prompt is computed once for all of them. The T tokens to predict stand as they are stored."""
+    """P pieces, one to a row of W tokens, padded on the right: a prompt and its completions, one after another, each
+    without its last token, which predicts nothing. A token sees the prompt and its own completion alone, so a prompt is
+    computed once for all of them. The T tokens to predict stand as they are stored."""
 
     prompt_index: list[int]  # P
+    prompt_length: Tensor  # (P,)
     ids: Tensor  # (P, W)
     position: Tensor  # (P, W) in the token's own sequence
     segment: Tensor  # (P, W) 0 in the prompt, a number of its own in each completion, -1 at padding
@@ -146,7 +130,7 @@ class Batch:
 def collate(trajectories: Trajectories, pieces: Sequence[Piece], device: torch.device) -> Batch:
     """Lay the pieces out in rows. A trajectory's advantage is that in its whole group, whatever the piece."""
     groups, samples = [n for n, _ in pieces], trajectories.samples
-    prompts = [trajectories.prompt(n) for n in groups]
+    prompt_length = trajectories.prompt_length[groups].astype(int)  # (P,)
     m = np.concatenate([n * samples + np.asarray(ks) for n, ks in pieces])  # (S,) the trajectories, n*K + k
     piece = np.repeat(np.arange(len(pieces)), [len(ks) for _, ks in pieces])  # (S,) the row of each
     length = trajectories.length.flatten()[m]  # (S,)
@@ -156,20 +140,20 @@ def collate(trajectories: Trajectories, pieces: Sequence[Piece], device: torch.d
     s = np.repeat(np.arange(len(m)), length)  # (T,) the trajectory of a token
     t = np.arange(len(s)) - (np.cumsum(length) - length)[s]  # (T,) its place in there
     stored = trajectories.offsets[m][s] + t  # (T,)
-    left = max(map(len, prompts))  # L
-    shape = len(pieces), left + int(np.bincount(piece, fed).max())  # (P, W)
+    shape = len(pieces), int((prompt_length + np.bincount(piece, fed)).max())  # (P, W)
     ids, position, segment = np.zeros(shape, int), np.zeros(shape, int), np.full(shape, -1)
-    for p, prompt in enumerate(prompts):
-        place = np.s_[p, left - len(prompt) : left]
-        ids[place], position[place], segment[place] = prompt, np.arange(len(prompt)), 0
+    for p, n in enumerate(groups):
+        prompt = np.s_[p, : prompt_length[p]]
+        ids[prompt], position[prompt], segment[prompt] = trajectories.prompt(n), np.arange(prompt_length[p]), 0
     i = np.flatnonzero(t < fed[s])  # tokens that are inputs, too
-    place = piece[s[i]], left + ahead[s[i]] + t[i]
-    ids[place], segment[place] = trajectories.tokens[stored[i]], 1 + s[i]
-    position[place] = trajectories.prompt_length[groups][piece[s[i]]] + t[i]
+    start = prompt_length[piece[s[i]]]
+    place = piece[s[i]], start + ahead[s[i]] + t[i]
+    ids[place], position[place], segment[place] = trajectories.tokens[stored[i]], start + t[i], 1 + s[i]
     advantages = group_advantages(torch.from_numpy(trajectories.rewards[groups]))[piece, m % samples]  # (P, K) -> (S,)
     to = functools.partial(torch.as_tensor, device=device)
     return Batch(
         prompt_index=trajectories.prompt_index[groups].tolist(),
+        prompt_length=to(prompt_length),
         ids=to(ids),
         position=to(position),
         segment=to(segment),
@@ -212,10 +196,10 @@ def micro_batches(
             while len(ks):
                 fitting = max(1, np.searchsorted(np.cumsum(fed[ks]), batch_tokens - prompt, side="right"))
                 pieces.append((n, ks[:fitting]))
-                sizes.append((int(fed[ks[:fitting]].sum()), prompt))
+                sizes.append(prompt + int(fed[ks[:fitting]].sum()))
                 ks = ks[fitting:]
     for batch in rollout.pack(sizes, batch_tokens):
-        together = max(sum(sizes[i]) for i in batch) <= LONG
+        together = max(sizes[i] for i in batch) <= LONG
         yield from [[pieces[i] for i in batch]] if together else [[pieces[i]] for i in batch]
 
 
@@ -268,7 +252,10 @@ def completion_logps(
         seen = before & ((segment[:, :, None] == segment[:, None]) | (segment[:, None] == 0))  # (P, W, W): query, key
     hidden = model.base_model(
         input_ids=batch.ids, attention_mask=seen[:, None], position_ids=batch.position, use_cache=False, **options
-    ).last_hidden_state[:, -1 - int(batch.source.max()) :]  # (P, 1+C, H)
+    ).last_hidden_state  # (P, W, H), of which the prompts' last columns and those behind them predict tokens
+    column = batch.prompt_length[:, None] - 1 + torch.arange(1 + int(batch.source.max()), device=hidden.device)
+    column = column.clamp(max=width - 1) + width * torch.arange(rows, device=hidden.device)[:, None]  # (P, 1+C)
+    hidden = hidden.flatten(0, 1).index_select(0, column.flatten()).unflatten(0, column.shape)  # (P, 1+C, H)
     # Logits over the vocabulary, some columns at a time: all of them would take more memory than the rest.
     function = functools.partial(token_logps, model.get_output_embeddings(), temperature, with_entropy)
     step = max(1, LOGITS // (rows * model.config.vocab_size))
@@ -536,8 +523,8 @@ def remove(path: Path) -> None:
 
 @app.command(help=__doc__.splitlines()[0])
 def train(
-    selection: Given,
-    out: Given,
+    selection: rollout.Given,
+    out: rollout.Given,
     model: Path = TOY / "model",
     initial_model: Path | None = None,
     optimizer: Path | None = None,
@@ -545,7 +532,7 @@ def train(
     steps: Count = 40,
     batch_prompts: Count = 64,
     samples: Annotated[int, typer.Option(min=2)] = 8,
-    limit: MaybeCount = None,
+    limit: rollout.MaybeCount = None,
     prompt_column: str | None = None,
     answer_column: str | None = None,
     skip_bad_rows: bool = False,
@@ -557,15 +544,15 @@ def train(
     entropy: Weight = 0.001,
     temperature: Positive = 1.0,
     max_tokens: Count = 8,
-    max_prompt_tokens: MaybeCount = None,
+    max_prompt_tokens: rollout.MaybeCount = None,
     system: str | None = None,
     chat: bool = True,
-    reward: Reward = "exact",
+    reward: rollout.Reward = "exact",
     reward_seconds: Positive = 10.0,
     max_errors: Annotated[float, typer.Option(min=0, max=1)] = 0.01,
-    engine: Engine = "auto",
-    gpu_memory: Share = 0.3,
-    dtype: Dtype = "auto",
+    engine: rollout.Engine = "auto",
+    gpu_memory: rollout.Share = 0.3,
+    dtype: rollout.Dtype = "auto",
     deterministic: bool = False,
     gradient_checkpointing: bool = False,
     batch_tokens: Count = 16384,
@@ -606,7 +593,7 @@ def train(
     inputs["initial_model"] = rollout.model_identity(o.initial_model)
     inputs["optimizer"] = inputs["model"] if optimizer else None  # the state that belongs to the model
     recipe = rollout.make_recipe("model", CODE, vars(o), **inputs)
-    if RANK == 0:  # trains, the others wait. Where training is shared out, it begins here.
+    if rollout.RANK == 0:  # trains, the others wait. Where training is shared out, it begins here.
         if not rollout.is_made(out / "model", recipe):
             ways = "cropi.py deletes older states (--keep-states): remove the models of all stages before this one, too"
             require(not optimizer or optimizer.exists(), f"{optimizer}: no such file; {ways}")

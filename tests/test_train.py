@@ -52,10 +52,10 @@ def test_clipped_ratio_by_hand(ratio, advantage, clip, expected):
 
 @pytest.mark.parametrize("logits", [1 << 26, 4000])  # at once; some columns at a time
 def test_completion_logps_are_those_of_transformers_logits(moved, ragged, logits, monkeypatch):
-    """Shared prompts, padding on both sides: against one unpadded sequence at a time."""
+    """Shared prompts of several lengths, padding: against one unpadded sequence at a time."""
     monkeypatch.setattr(train, "LOGITS", logits)
     batch = collate(ragged, [(n, range(6)) for n in range(40)], moved.device)
-    assert (batch.segment[:, 0] == -1).any() and (batch.segment[:, -1] == -1).any()
+    assert len(set(batch.prompt_length.tolist())) > 1 and (batch.segment[:, -1] == -1).any()
     with torch.no_grad():
         found = completion_logps(moved, batch, TEMPERATURE, with_entropy=True)
     by_trajectory = list(zip(*(values.split(batch.length) for values in found), strict=True))
