@@ -44,7 +44,6 @@ from __future__ import annotations
 
 import functools
 import json
-import math
 import shutil
 import time
 from collections.abc import Iterator, Sequence
@@ -113,13 +112,12 @@ class Batch:
     computed once for all of them. The T tokens to predict stand as they are stored."""
 
     prompt_index: list[int]  # P
-    prompt_length: Tensor  # (P,)
     ids: Tensor  # (P, W)
     position: Tensor  # (P, W) in the token's own sequence
     segment: Tensor  # (P, W) 0 in the prompt, a number of its own in each completion, -1 at padding
-    row: Tensor  # (T,) the piece of each token to predict
-    source: Tensor  # (T,) the column that predicts it, 0 being the prompt's last
-    tokens: Tensor  # (T,)
+    target: Tensor  # (P, C) the tokens to predict
+    source: Tensor  # (P, C) the column of the token before it
+    valid: Tensor  # (P, C) False at padding; the T tokens stand as they are stored
     behavior_logps: Tensor  # (T,)
     advantages: Tensor  # (T,) Â_k of its trajectory
     weight: Tensor  # (T,) 1/(K|τ_k|), K being the size of the whole group
@@ -130,7 +128,6 @@ class Batch:
 def collate(trajectories: Trajectories, pieces: Sequence[Piece], device: torch.device) -> Batch:
     """Lay the pieces out in rows. A trajectory's advantage is that in its whole group, whatever the piece."""
     groups, samples = [n for n, _ in pieces], trajectories.samples
-    prompt_length = trajectories.prompt_length[groups].astype(int)  # (P,)
     m = np.concatenate([n * samples + np.asarray(ks) for n, ks in pieces])  # (S,) the trajectories, n*K + k
     piece = np.repeat(np.arange(len(pieces)), [len(ks) for _, ks in pieces])  # (S,) the row of each
     length = trajectories.length.flatten()[m]  # (S,)
@@ -140,26 +137,27 @@ def collate(trajectories: Trajectories, pieces: Sequence[Piece], device: torch.d
     s = np.repeat(np.arange(len(m)), length)  # (T,) the trajectory of a token
     t = np.arange(len(s)) - (np.cumsum(length) - length)[s]  # (T,) its place in there
     stored = trajectories.offsets[m][s] + t  # (T,)
-    shape = len(pieces), int((prompt_length + np.bincount(piece, fed)).max())  # (P, W)
+    row, prompt = piece[s], trajectories.prompt_length[groups].astype(int)  # (T,), (P,)
+    start = prompt[row]  # (T,) the first column behind the prompt
+    shape = len(pieces), int((prompt + np.bincount(piece, fed)).max())  # (P, W)
     ids, position, segment = np.zeros(shape, int), np.zeros(shape, int), np.full(shape, -1)
     for p, n in enumerate(groups):
-        prompt = np.s_[p, : prompt_length[p]]
-        ids[prompt], position[prompt], segment[prompt] = trajectories.prompt(n), np.arange(prompt_length[p]), 0
+        place = np.s_[p, : prompt[p]]
+        ids[place], position[place], segment[place] = trajectories.prompt(n), np.arange(prompt[p]), 0
     i = np.flatnonzero(t < fed[s])  # tokens that are inputs, too
-    start = prompt_length[piece[s[i]]]
-    place = piece[s[i]], start + ahead[s[i]] + t[i]
-    ids[place], position[place], segment[place] = trajectories.tokens[stored[i]], start + t[i], 1 + s[i]
+    place = row[i], (start + ahead[s] + t)[i]
+    ids[place], position[place], segment[place] = trajectories.tokens[stored[i]], (start + t)[i], 1 + s[i]
+    place = row, np.arange(len(s)) - np.searchsorted(row, row)  # (T,) among the tokens of the piece
+    target, source = np.zeros((2, len(pieces), int(place[1].max()) + 1), int)  # (P, C)
+    target[place], source[place] = trajectories.tokens[stored], start - 1 + np.where(t > 0, ahead[s] + t, 0)
+    valid = np.zeros(target.shape, bool)
+    valid[place] = True
     advantages = group_advantages(torch.from_numpy(trajectories.rewards[groups]))[piece, m % samples]  # (P, K) -> (S,)
     to = functools.partial(torch.as_tensor, device=device)
     return Batch(
         prompt_index=trajectories.prompt_index[groups].tolist(),
-        prompt_length=to(prompt_length),
-        ids=to(ids),
-        position=to(position),
-        segment=to(segment),
-        row=to(piece[s]),
-        source=to(np.where(t > 0, ahead[s] + t, 0)),
-        tokens=to(trajectories.tokens[stored]).long(),
+        **{"ids": to(ids), "position": to(position), "segment": to(segment)},
+        **{"target": to(target), "source": to(source), "valid": to(valid)},
         behavior_logps=to(trajectories.behavior_logps[stored]),
         advantages=advantages[s].to(device),
         weight=to(1 / (samples * length[s]), dtype=torch.float32),
@@ -252,41 +250,29 @@ def completion_logps(
         seen = before & ((segment[:, :, None] == segment[:, None]) | (segment[:, None] == 0))  # (P, W, W): query, key
     hidden = model.base_model(
         input_ids=batch.ids, attention_mask=seen[:, None], position_ids=batch.position, use_cache=False, **options
-    ).last_hidden_state  # (P, W, H), of which the prompts' last columns and those behind them predict tokens
-    column = batch.prompt_length[:, None] - 1 + torch.arange(1 + int(batch.source.max()), device=hidden.device)
-    column = column.clamp(max=width - 1) + width * torch.arange(rows, device=hidden.device)[:, None]  # (P, 1+C)
-    hidden = hidden.flatten(0, 1).index_select(0, column.flatten()).unflatten(0, column.shape)  # (P, 1+C, H)
+    ).last_hidden_state  # (P, W, H)
+    hidden = hidden[torch.arange(rows, device=hidden.device)[:, None], batch.source]  # (P, C, H)
     # Logits over the vocabulary, some columns at a time: all of them would take more memory than the rest.
-    function = functools.partial(token_logps, model.get_output_embeddings(), temperature, with_entropy)
     step = max(1, LOGITS // (rows * model.config.vocab_size))
+    function = functools.partial(token_logps, model.get_output_embeddings(), temperature, with_entropy)
     if step < hidden.shape[1]:  # then they are computed once more in the backward pass
         function = functools.partial(checkpoint, function, use_reentrant=False, preserve_rng_state=False)
-    order = [(batch.source // step == i).nonzero()[:, 0] for i in range(math.ceil(hidden.shape[1] / step))]
-    chunks = [
-        function(columns, batch.row[of], batch.source[of] % step, batch.tokens[of])
-        for of, columns in zip(order, hidden.split(step, 1), strict=True)
-    ]
-    place = torch.cat(order).argsort()
-    logps, entropy = (torch.cat(values)[place] for values in zip(*chunks, strict=True))
-    bad = sorted({batch.prompt_index[p] for p in batch.row[~torch.isfinite(logps)].tolist()})
-    require(not bad, f"logits are not finite at prompt {', '.join(map(str, bad))}")
-    return logps, entropy
+    chunks = map(function, hidden.split(step, 1), batch.target.split(step, 1))
+    logps, entropy = (torch.cat(values, 1) for values in zip(*chunks, strict=True))  # (P, C)
+    bad = (~torch.isfinite(logps) & batch.valid).any(1).nonzero()[:, 0].tolist()
+    numbers = sorted({batch.prompt_index[p] for p in bad})
+    require(not bad, f"logits are not finite at prompt {', '.join(map(str, numbers))}")
+    return logps[batch.valid], entropy[batch.valid]
 
 
 def token_logps(
-    head: torch.nn.Module,
-    temperature: float,
-    with_entropy: bool,
-    hidden: Tensor,
-    row: Tensor,
-    column: Tensor,
-    tokens: Tensor,
+    head: torch.nn.Module, temperature: float, with_entropy: bool, hidden: Tensor, target: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """`completion_logps` of those tokens that the hidden states (P, c, H) predict."""
+    """Log-probs of the tokens that hidden states (P, c, H) predict, and entropies, (P, c) both."""
     logits = head(hidden)  # (P, c, V); in float32 from here on
     all_logps = torch.log_softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature, -1)
-    entropy = -(all_logps.exp() * all_logps).sum(-1)[row, column] if with_entropy else torch.zeros(len(row))
-    return all_logps[row, column, tokens], entropy
+    entropy = -(all_logps.exp() * all_logps).sum(-1) if with_entropy else all_logps.new_zeros(target.shape)
+    return all_logps.gather(-1, target[..., None])[..., 0], entropy
 
 
 LOGITS = 1 << 26  # so many at a time

@@ -97,7 +97,7 @@ def test_hooks_equal_autograd_prompt_by_prompt(case, ragged, sparse_ratio):
     assert all("norm" in name for name in left_out)
     live = live_pieces(ragged)
     batch = collate(ragged, live, case.device)
-    assert len(set(batch.prompt_length.tolist())) > 1 and (batch.segment[:, -1] == -1).any()
+    assert len(set((batch.segment == 0).sum(1).tolist())) > 1 and (batch.segment[:, -1] == -1).any()
     sketch, logps = sketcher.sketch(batch, TEMPERATURE)
     assert (logps - batch.behavior_logps).abs().max() > 0.1  # π_θ ≠ β
     for row, piece in enumerate(live):  # every position in the batch

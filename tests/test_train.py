@@ -55,7 +55,7 @@ def test_completion_logps_are_those_of_transformers_logits(moved, ragged, logits
     """Shared prompts of several lengths, padding: against one unpadded sequence at a time."""
     monkeypatch.setattr(train, "LOGITS", logits)
     batch = collate(ragged, [(n, range(6)) for n in range(40)], moved.device)
-    assert len(set(batch.prompt_length.tolist())) > 1 and (batch.segment[:, -1] == -1).any()
+    assert len(set((batch.segment == 0).sum(1).tolist())) > 1 and (batch.segment[:, -1] == -1).any()
     with torch.no_grad():
         found = completion_logps(moved, batch, TEMPERATURE, with_entropy=True)
     by_trajectory = list(zip(*(values.split(batch.length) for values in found), strict=True))
@@ -76,7 +76,8 @@ def test_a_piece_has_the_rows_and_the_advantages_of_its_group(ragged):
     pieces = [(first, range(3, 6)), (second, range(3)), (first, range(3)), (second, range(3, 6))]
     batch = collate(ragged, pieces, torch.device("cpu"))
     assert batch.prompt_index == [first, second, first, second]
-    of_tokens = (batch.row, batch.tokens, batch.behavior_logps, batch.advantages, batch.weight)
+    row, _ = batch.valid.nonzero(as_tuple=True)
+    of_tokens = (row, batch.target[batch.valid], batch.behavior_logps, batch.advantages, batch.weight)
     of_tokens = zip(*(values.split(batch.length) for values in of_tokens), strict=True)
     for m, (row, tokens, logps, advantages, weight) in enumerate(of_tokens):
         n, k = [(n, k) for n, ks in pieces for k in ks][m]
@@ -210,7 +211,7 @@ def test_logits_are_never_held_whole(moved, toy, ragged, script, monkeypatch):
     """Forward and backward, with KL and entropy."""
     vocabulary, model = moved.config.vocab_size, copy.deepcopy(moved)
     whole = collate(ragged, [(int(n), range(6)) for n in ragged.live()], moved.device)
-    whole = len(whole.ids) * (int(whole.source.max()) + 1) * vocabulary
+    whole = whole.target.numel() * vocabulary
     found = []
     for limit in (train.LOGITS, whole // 10):
         monkeypatch.setattr(train, "LOGITS", limit)
