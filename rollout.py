@@ -513,16 +513,17 @@ def load_model(path: Path, dtype: torch.dtype = torch.float32) -> tuple[PreTrain
     require((path / "config.json").is_file(), f"{path}: no model folder here (it has no config.json)")
     model_identity(path, check=True)
     try:  # weights from safetensors alone, and no code of the model's: neither can run anything
-        safe = {"trust_remote_code": False}
+        safe, form = {"trust_remote_code": False}, {"dtype": dtype, "attn_implementation": attention.__name__}
         model, report = AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype, attn_implementation="sdpa", output_loading_info=True, use_safetensors=True, **safe
+            path, output_loading_info=True, use_safetensors=True, **form, **safe
         )
         tokenizer = AutoTokenizer.from_pretrained(path, **safe)
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise BadInput(f"{path}: cannot load this model ({str(error).splitlines()[0]})") from None
     layers = set(getattr(model.config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
-    kinds = ", ".join(sorted(layers)) or "recurrent layers"  # a prompt and its K completions share a row (train.py)
-    require(not layers and not model._is_stateful, f"{path}: this model has {kinds}; only attention is supported")
+    kinds = ", ".join(sorted(layers)) or "layers of its own kind"  # a prompt and its completions share a row (train.py)
+    plain = not layers and not model._is_stateful and model._supports_attention_backend
+    require(plain, f"{path}: this model has {kinds}; only attention is supported")
     require(not report["missing_keys"], f"{path}: the weights lack {', '.join(sorted(report['missing_keys'])[:3])}")
     model.eval().to(device())
     with torch.inference_mode():  # train.py computes logits from the hidden states, some at a time
@@ -765,21 +766,43 @@ class Completion:
     truncated: bool
 
 
-def grouped_attention(
-    module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **others
+def attention(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    widths: Sequence[int] = (),
+    **others,
 ) -> tuple[Tensor, None]:
-    """sdpa's attention (B, heads, W, d) -> (B, W, heads, d). For a single new token, heads that share keys and values
-    are taken as several queries to them. sdpa copies keys and values for each head, and sampling takes 1.6 times as
-    long (bench/speed.py)."""
-    if query.shape[2] > 1:
+    """sdpa's attention (B, heads, W, d) -> (B, W, heads, d), and two cases that it is slow at.
+
+    For a single new token, heads that share keys and values are taken as several queries to them. sdpa copies keys and
+    values for each head, and sampling takes 1.6 times as long (bench/speed.py).
+
+    A long row of train.py, (1, heads, W, d), holds a prompt and its completions of these widths; its mask would have W²
+    elements, most of them empty. Here the prompt attends to itself, then each completion to [the prompt; itself].
+    """
+    if not widths and query.shape[2] > 1:
         return sdpa_attention_forward(module, query, key, value, mask, **others)
-    heads = query.view(*key.shape[:2], -1, query.shape[3])
-    outputs = scaled_dot_product_attention(heads, key, value, attn_mask=mask, scale=others["scaling"])
-    return outputs.reshape(len(key), 1, -1, value.shape[3]), None
+    if not widths:
+        heads = query.view(*key.shape[:2], -1, query.shape[3])
+        outputs = scaled_dot_product_attention(heads, key, value, attn_mask=mask, scale=others["scaling"])
+        return outputs.reshape(len(key), 1, -1, value.shape[3]), None
+    outputs, start, prompt = [], 0, widths[0]
+    for width in widths:
+        q, k, v = (x[:, :, start : start + width] for x in (query, key, value))
+        seen = None  # causal
+        if start:
+            k, v = torch.cat([key[:, :, :prompt], k], 2), torch.cat([value[:, :, :prompt], v], 2)
+            seen = torch.ones(width, prompt + width, dtype=torch.bool, device=q.device).tril(prompt)[None, None]
+        outputs.append(sdpa_attention_forward(module, q, k, v, seen, **others)[0])
+        start += width
+    return torch.cat(outputs, 1), None
 
 
-transformers.AttentionInterface.register(grouped_attention.__name__, grouped_attention)
-transformers.AttentionMaskInterface.register(grouped_attention.__name__, sdpa_mask)
+transformers.AttentionInterface.register(attention.__name__, attention)
+transformers.AttentionMaskInterface.register(attention.__name__, sdpa_mask)
 
 
 class TransformersEngine:
@@ -790,7 +813,6 @@ class TransformersEngine:
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_tokens: int = 16384):
         self.model, self.batch_tokens = model, batch_tokens
-        model.set_attn_implementation(grouped_attention.__name__)
         ends = model.generation_config.eos_token_id
         ends = tokenizer.eos_token_id if ends is None else ends
         require(ends is not None, "neither generation_config.json nor the tokenizer names an end token (eos_token)")
@@ -1129,7 +1151,7 @@ def progress(items: Iterable, label: str, unit: str, initial: int = 0, total: in
 # A file's record is {recipe, facts, identity}. The recipe is everything that bears on the tensors; facts (seconds,
 # counts, versions) do not. The identity covers recipe and tensors, so a file that is made again is the same file.
 
-FORMAT = "cropi/5"  # raised whenever a formula's result changes
+FORMAT = "cropi/6"  # raised whenever a formula's result changes
 # Results do not depend on these.
 FREE = {"out", "deterministic", "batch_tokens", "gpu_memory", "max_errors", "save_every", "shard"}
 

@@ -59,8 +59,7 @@ import typer
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
-from transformers.masking_utils import sdpa_mask
+from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 import rollout
@@ -201,34 +200,6 @@ def micro_batches(
         yield from [[pieces[i] for i in batch]] if together else [[pieces[i]] for i in batch]
 
 
-def shared_prompt_attention(
-    module: torch.nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor,
-    widths: Sequence[int] = (),
-    **others,
-) -> tuple[Tensor, None]:
-    """Attention (1, heads, W, d) -> (1, W, heads, d) of a long row, whose mask of W² elements would be large and mostly
-    empty: the prompt's to itself, then that of each completion to [the prompt; itself]. `widths` are theirs, in order.
-    """
-    if not widths:
-        return rollout.grouped_attention(module, query, key, value, mask, **others)
-    outputs, start, prompt = [], 0, widths[0]
-    for width in widths:
-        q, k, v = (x[:, :, start : start + width] for x in (query, key, value))
-        seen = None  # causal
-        if start:
-            k, v = torch.cat([key[:, :, :prompt], k], 2), torch.cat([value[:, :, :prompt], v], 2)
-            seen = torch.ones(width, prompt + width, dtype=torch.bool, device=q.device).tril(prompt)[None, None]
-        outputs.append(rollout.grouped_attention(module, q, k, v, seen, **others)[0])
-        start += width
-    return torch.cat(outputs, 1), None
-
-
-AttentionInterface.register(shared_prompt_attention.__name__, shared_prompt_attention)
-AttentionMaskInterface.register(shared_prompt_attention.__name__, sdpa_mask)
 LONG = 1024  # tokens of a row; two calls are faster from some 500 on, but shorter rows can share a batch
 
 
@@ -242,7 +213,7 @@ def completion_logps(
     """
     segment, (rows, width), options = batch.segment, batch.ids.shape, {}
     if rows == 1 and width > LONG:  # no padding; an empty mask, which is not used
-        model.set_attn_implementation(shared_prompt_attention.__name__)
+        model.set_attn_implementation(rollout.attention.__name__)
         options["widths"] = segment.unique_consecutive(return_counts=True)[1].tolist()
         seen = segment.new_zeros(1, 0, 0).bool()
     else:

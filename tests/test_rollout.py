@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import ROOT, TEMPERATURE, every, load_all, load_folder, sample, sequence
 from safetensors.numpy import load_file
-from transformers import AutoModelForCausalLM, Lfm2Config, MambaConfig, MistralConfig, MistralForCausalLM
+from transformers import AutoModelForCausalLM, GraniteConfig, Lfm2Config, MambaConfig, MistralConfig, MistralForCausalLM
 
 import rollout
 import train
@@ -245,10 +245,38 @@ def test_recurrent_and_convolutional_models_are_refused(toy, tmp_path):
     }.items():
         AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / name)
         toy[1].save_pretrained(tmp_path / name)
-        with pytest.raises(
-            rollout.BadInput, match=f"{name}: (this model has conv; only attention|cannot load .*Mamba)"
-        ):
+        kinds = "conv|linear_attention|layers of its own kind"
+        with pytest.raises(rollout.BadInput, match=f"{name}: this model has ({kinds}); only attention"):
             rollout.load_model(tmp_path / name)
+
+
+def test_models_that_change_their_logits_are_refused(toy, tmp_path):
+    """Granite divides them by a constant."""
+    shape = {"vocab_size": 41, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    shape |= {"num_attention_heads": 2, "num_key_value_heads": 1}
+    for scale in (1.0, 2.0):
+        folder = tmp_path / f"granite-{scale:g}"
+        AutoModelForCausalLM.from_config(GraniteConfig(**shape, logits_scaling=scale)).save_pretrained(folder)
+        toy[1].save_pretrained(folder)
+    assert rollout.load_model(tmp_path / "granite-1")
+    with pytest.raises(
+        rollout.BadInput, match="granite-2: the logits of this model are not the output of its last layer"
+    ):
+        rollout.load_model(tmp_path / "granite-2")
+
+
+@pytest.mark.parametrize("groups", [1, 2, 4])
+def test_attention_of_a_new_token_is_that_of_sdpa(groups):
+    """With heads that share keys and values, and padding."""
+    torch.manual_seed(0)
+    query, (key, value) = torch.randn(3, 4, 1, 8), torch.randn(2, 3, 4 // groups, 6, 8)
+    mask = torch.arange(6) >= torch.tensor([0, 2, 4])[:, None]  # (B, T)
+    found, _ = rollout.attention(None, query, key, value, mask[:, None, None], scaling=0.3)
+    assert found.shape == (3, 1, 4, 8)
+    for b, h in np.ndindex(3, 4):
+        k, v = (x[b, h // groups, mask[b]] for x in (key, value))
+        expected = torch.softmax(0.3 * k @ query[b, h, 0], 0) @ v
+        torch.testing.assert_close(found[b, 0, h], expected)
 
 
 def test_prompts_fit_into_an_attention_window_with_their_answers(toy, tmp_path, capsys):
