@@ -202,10 +202,10 @@ class SparseProjection:
         self.blocks: dict[str, tuple[Tensor, Tensor, Tensor | None, float, int]] = {}
         for name, shape in shapes.items():
             rows, columns, p = shape[0], math.prod(shape[1:]), keep[name]
-            signs = (torch.randint(0, 2, (n,), generator=generator).to(like) * 2 - 1 for n in (rows, columns))
+            row, column = (torch.randint(0, 2, (n,), generator=generator).to(like) * 2 - 1 for n in (rows, columns))
             kept = (torch.rand(rows, columns, generator=generator) < p).to(like.device) if p < 1 else None
             shift = int(torch.randint(0, self.q, (), generator=generator))
-            self.blocks[name] = (next(signs)[:, None], next(signs), kept, p**-0.5, shift)
+            self.blocks[name] = (row[:, None], column, kept, p**-0.5, shift)
             self.coordinates += rows * columns if kept is None else int(kept.count_nonzero())
 
     def add(self, sketch: Tensor, name: str, gradient: Tensor) -> None:
