@@ -772,33 +772,34 @@ def attention(
     key: Tensor,
     value: Tensor,
     mask: Tensor | None,
-    widths: Sequence[int] = (),
+    segments: Sequence[Sequence[tuple[int, Tensor | None]]] = (),
     **others,
 ) -> tuple[Tensor, None]:
-    """sdpa's attention (B, heads, W, d) -> (B, W, heads, d), and two cases that it is slow at.
+    """sdpa's attention, (B, heads, W, d) -> (B, W, heads, d). Two things are different.
 
-    For a single new token, heads that share keys and values are taken as several queries to them. sdpa copies keys and
-    values for each head, and sampling takes 1.6 times as long (bench/speed.py).
+    On a CPU, heads that share keys and values read the same ones. transformers' own function copies them for each head
+    where there is a mask, and sampling takes 1.6 times as long (bench/speed.py).
 
-    A long row of train.py, (1, heads, W, d), holds a prompt and its completions of these widths; its mask would have W²
-    elements, most of them empty. Here the prompt attends to itself, then each completion to [the prompt; itself].
+    In train.py a row holds a prompt and its completions. The mask of a long one would have W² elements, most of them
+    empty. So the prompt attends to itself, then each completion to [the prompt; itself]: `segments` has for each row
+    their widths and masks, None for the prompt's, which is causal.
     """
-    if not widths and query.shape[2] > 1:
+    if segments:
+        rows = []
+        for *row, parts in zip(query.split(1), key.split(1), value.split(1), segments, strict=True):
+            widths = [width for width, _ in parts]
+            widths.append(query.shape[2] - sum(widths))  # padding
+            queries, keys, values = (x.split(widths, 2) for x in row)
+            outputs = [attention(module, queries[0], keys[0], values[0], None, **others)[0]]
+            for (_, seen), q, k, v in zip(parts[1:], queries[1:], keys[1:], values[1:], strict=False):
+                k, v = torch.cat([keys[0], k], 2), torch.cat([values[0], v], 2)
+                outputs.append(attention(module, q, k, v, seen, **others)[0])
+            rows.append(torch.cat([*outputs, torch.zeros_like(queries[-1]).transpose(1, 2)], 1))
+        return torch.cat(rows), None
+    if query.device.type != "cpu":
         return sdpa_attention_forward(module, query, key, value, mask, **others)
-    if not widths:
-        heads = query.view(*key.shape[:2], -1, query.shape[3])
-        outputs = scaled_dot_product_attention(heads, key, value, attn_mask=mask, scale=others["scaling"])
-        return outputs.reshape(len(key), 1, -1, value.shape[3]), None
-    outputs, start, prompt = [], 0, widths[0]
-    for width in widths:
-        q, k, v = (x[:, :, start : start + width] for x in (query, key, value))
-        seen = None  # causal
-        if start:
-            k, v = torch.cat([key[:, :, :prompt], k], 2), torch.cat([value[:, :, :prompt], v], 2)
-            seen = torch.ones(width, prompt + width, dtype=torch.bool, device=q.device).tril(prompt)[None, None]
-        outputs.append(sdpa_attention_forward(module, q, k, v, seen, **others)[0])
-        start += width
-    return torch.cat(outputs, 1), None
+    options = {"is_causal": mask is None and query.shape[2] > 1, "scale": others["scaling"], "enable_gqa": True}
+    return scaled_dot_product_attention(query, key, value, mask, **options).transpose(1, 2), None
 
 
 transformers.AttentionInterface.register(attention.__name__, attention)

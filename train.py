@@ -196,11 +196,10 @@ def micro_batches(
                 sizes.append(prompt + int(fed[ks[:fitting]].sum()))
                 ks = ks[fitting:]
     for batch in rollout.pack(sizes, batch_tokens):
-        together = max(sizes[i] for i in batch) <= LONG
-        yield from [[pieces[i] for i in batch]] if together else [[pieces[i]] for i in batch]
+        yield [pieces[i] for i in batch]
 
 
-LONG = 1024  # tokens of a row; two calls are faster from some 500 on, but shorter rows can share a batch
+LONG = 256  # tokens of a row from which attention goes completion by completion
 
 
 def completion_logps(
@@ -212,10 +211,10 @@ def completion_logps(
         BadInput: NaN or infinity, naming the prompts.
     """
     segment, (rows, width), options = batch.segment, batch.ids.shape, {}
-    if rows == 1 and width > LONG:  # no padding; an empty mask, which is not used
+    if width > LONG:
         model.set_attn_implementation(rollout.attention.__name__)
-        options["widths"] = segment.unique_consecutive(return_counts=True)[1].tolist()
-        seen = segment.new_zeros(1, 0, 0).bool()
+        options["segments"] = [attention_masks(row) for row in segment]
+        seen = segment.new_zeros(rows, 0, 0).bool()  # is not used
     else:
         before = torch.ones(width, width, dtype=torch.bool, device=segment.device).tril()
         seen = before & ((segment[:, :, None] == segment[:, None]) | (segment[:, None] == 0))  # (P, W, W): query, key
@@ -234,6 +233,14 @@ def completion_logps(
     numbers = sorted({batch.prompt_index[p] for p in bad})
     require(not bad, f"logits are not finite at prompt {', '.join(map(str, numbers))}")
     return logps[batch.valid], entropy[batch.valid]
+
+
+def attention_masks(segment: Tensor) -> list[tuple[int, Tensor | None]]:
+    """Of the prompt and of each completion in a row (W,): the width, and what it sees of [the prompt; itself]."""
+    prompt, *completions = segment[segment >= 0].unique_consecutive(return_counts=True)[1].tolist()
+    everything = functools.partial(torch.ones, dtype=torch.bool, device=segment.device)
+    masks = [(width, everything(width, prompt + width).tril(prompt)[None, None]) for width in completions]
+    return [(prompt, None), *masks]
 
 
 def token_logps(

@@ -189,9 +189,8 @@ def test_batching_changes_nothing(moved, ragged, change, monkeypatch):
     if change == "padding":  # three more columns of it
         for name, value in (("ids", 0), ("position", 0), ("segment", -1)):
             setattr(batch, name, nn.functional.pad(getattr(batch, name), (0, 3), value=value))
-    if change == "long":  # rows alone, two calls of attention
+    if change == "long":  # attention completion by completion
         monkeypatch.setattr(train, "LONG", 1)
-        batches = [collate(ragged, [piece], moved.device) for piece in live]
     if change == "logits":  # those of a few columns at a time
         monkeypatch.setattr(train, "LOGITS", 5000)
     if change == "slices":  # weight gradients of one prompt at a time
