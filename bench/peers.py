@@ -97,7 +97,7 @@ def join(parts: list[rollout.Trajectories]) -> rollout.Trajectories:
 
 
 def make_toy(world: Path) -> None:
-    """The pool and both validation sets, sampled by the bundled model; and a policy 20 steps away from it."""
+    """The pool and both validation sets, sampled by the bundled model; and a policy 40 steps away from it."""
     shutil.copytree(rollout.TOY / "model", world / "model")
     shutil.copy(rollout.TOY / "train.jsonl", world / "data.jsonl")
     for data, name in (("train", "trajectories"), ("valid-rev", "valid-rev"), ("valid-srt", "valid-srt")):
@@ -106,7 +106,7 @@ def make_toy(world: Path) -> None:
         parts = [rollout.load_trajectories(path)[0] for path in rollout.shards(folder, "trajectories")]
         save_file(join(parts).tensors(), world / f"{name}.safetensors")
     step, policy, tokenizer = our_step(world)
-    for _ in range(20):
+    for _ in range(40):
         step()
     policy.save_pretrained(world / "policy")
     tokenizer.save_pretrained(world / "policy")
@@ -239,6 +239,7 @@ def trl_steps(world: Path, batch: int, answer: Callable[[dict], None]) -> None:
 
     o, spent = step_options(world), {}
     policy, tokenizer = rollout.load_model(o.model)
+    policy.set_attn_implementation("sdpa")  # transformers' own, not rollout.py's
 
     class Turns(TrainerCallback):
         def on_train_begin(self, *_, **__) -> None:
@@ -327,21 +328,21 @@ def old_trajectories(tensors: dict) -> rollout.Trajectories:
     )
 
 
-def exact_gradients(model, trajectories) -> Iterator[torch.Tensor]:
+def exact_gradients(model, trajectories) -> Iterator[tuple[torch.Tensor, ...]]:
     """Equation 2 by plain autograd, for all parameters, prompt by prompt."""
     for n in map(int, trajectories.live()):
         batch = train.collate(trajectories, [(n, range(trajectories.samples))], CPU)
         value = project.off_policy_objective(logps_of(model, batch), batch, "token")
-        yield torch.cat([g.flatten() for g in torch.autograd.grad(value, list(model.parameters()))])
+        yield torch.autograd.grad(value, list(model.parameters()))
 
 
 def autograd(model, trajectories, k: int, seed: int) -> Callable[[], None]:
     """No projection: k has no part in it, and only the norms stay."""
-    return lambda: [gradient.norm().item() for gradient in exact_gradients(model, trajectories)] and None
+    return lambda: [torch._foreach_norm(tensors) for tensors in exact_gradients(model, trajectories)] and None
 
 
 def exact(model, trajectories, k: int, seed: int) -> Callable[[], torch.Tensor]:
-    return lambda: torch.stack([*exact_gradients(model, trajectories)])
+    return lambda: torch.stack([torch.cat([g.flatten() for g in x]) for x in exact_gradients(model, trajectories)])
 
 
 def peer(name: str) -> Callable:
@@ -350,6 +351,7 @@ def peer(name: str) -> Callable:
     def set_up(model, trajectories, k: int, seed: int) -> Callable[[], torch.Tensor]:
         import scorers  # only here, where the libraries are needed
 
+        model.set_attn_implementation("sdpa")  # transformers' own, not rollout.py's
         return getattr(scorers, name)(model, groups_of(trajectories), k, seed)
 
     return set_up
@@ -551,7 +553,7 @@ class Worker:
 ROUNDS = {"toy": 7, "mid": 5, "long": 2}
 MICRO = {"toy": (64, 128, 256, 512), "mid": (8, 16, 32, 64), "long": (4,)}  # completions in TRL's micro-batch
 SIZES = {"toy": (1024, 2048, 4096, 8192), "mid": (512, 1024, 2048, 4096), "long": (1024, 8192)}  # tokens
-PROMPTS = {"toy": (256, 64), "mid": (8, 4), "long": (2,)}  # in a round of scoring; with a dense projection
+PROMPTS = {"toy": (256, 64), "mid": (16, 4), "long": (2,)}  # in a round of scoring; with a dense projection
 KS = {"toy": (4096, 32768), "mid": (4096, 32768), "long": (4096,)}
 ANY = (None,)  # nothing to choose
 PLAIN, SKETCHES = ("shared", "repeated", "prefix-grouper"), ("dattri-llm", "bergson")
