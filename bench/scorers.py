@@ -1,4 +1,4 @@
-"""Per-prompt policy gradients, projected, by four other libraries.
+"""Per-prompt policy gradients, projected, by four other libraries: bench/scorers.py holds the ways of bench/peers.py.
 
 Each function makes ready once and returns a callable that scores all groups once: (N, D) float32, D as near to k as the
 library allows. A group holds the K sequences of a prompt, padded on the right: ids, completion, behavior_logps and
