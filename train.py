@@ -195,8 +195,7 @@ def micro_batches(
                 pieces.append((n, ks[:fitting]))
                 sizes.append(prompt + int(fed[ks[:fitting]].sum()))
                 ks = ks[fitting:]
-    for batch in rollout.pack(sizes, batch_tokens):
-        yield [pieces[i] for i in batch]
+    yield from ([pieces[i] for i in batch] for batch in rollout.pack(sizes, batch_tokens))
 
 
 LONG = 256  # tokens of a row from which attention goes completion by completion
@@ -229,9 +228,8 @@ def completion_logps(
         function = functools.partial(checkpoint, function, use_reentrant=False, preserve_rng_state=False)
     chunks = map(function, hidden.split(step, 1), batch.target.split(step, 1))
     logps, entropy = (torch.cat(values, 1) for values in zip(*chunks, strict=True))  # (P, C)
-    bad = (~torch.isfinite(logps) & batch.valid).any(1).nonzero()[:, 0].tolist()
-    numbers = sorted({batch.prompt_index[p] for p in bad})
-    require(not bad, f"logits are not finite at prompt {', '.join(map(str, numbers))}")
+    bad = sorted({batch.prompt_index[p] for p in (~torch.isfinite(logps) & batch.valid).nonzero()[:, 0].tolist()})
+    require(not bad, f"logits are not finite at prompt {', '.join(map(str, bad))}")
     return logps[batch.valid], entropy[batch.valid]
 
 

@@ -15,6 +15,8 @@ precision  Of those on the toy: overlap of the top 10% of the prompts, by cosine
 plain      Forward + backward of all live groups, parameter gradients summed. "shared" is train.py's own layout,
            "repeated" has a row for each completion with its prompt; each way runs at its best batch size.
 
+vocabulary Scoring and training with a vocabulary of 151,936: logits in pieces, or at once.
+
 Worlds: `toy` is the bundled one; `mid` a random Qwen2 with prompts of 50 to 150 tokens and answers to 64; `long` the
 same model with two prompts of about 500 tokens and answers to 512, whose times per prompt are extrapolations.
 
@@ -75,7 +77,6 @@ REWARD = '''def parity(prompts, completions, **columns):
     """Is the last digit even? A random policy is right half of the time, so nearly all groups are live."""
     return [float(text[-1:] in list("02468")) for text in completions]
 '''
-WORDS = 6000
 STEP = {  # a GRPO step of each world
     "toy": {"batch_prompts": 64, "samples": 8, "max_tokens": 8},
     "mid": {"batch_prompts": 8, "samples": 8, "max_tokens": 64},
@@ -112,28 +113,39 @@ def make_toy(world: Path) -> None:
     tokenizer.save_pretrained(world / "policy")
 
 
-def random_model(folder: Path) -> None:
-    """A random Qwen2 of 23 million parameters, of whose tokens transformers' Qwen2 tokenizer reads the digits alone."""
+def random_model(folder: Path, vocabulary: int, width: int, layers: int) -> None:
+    """A random Qwen2, of whose tokens transformers' Qwen2 tokenizer reads the digits alone."""
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
-    words = ["<pad>", "<|endoftext|>", *"0123456789", *(f"w{n}" for n in range(12, WORDS))]
+    words = ["<pad>", "<|endoftext|>", *"0123456789", *(f"w{n}" for n in range(12, vocabulary))]
     tokenizer = Tokenizer(models.WordLevel({word: n for n, word in enumerate(words)}))
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=words[0], eos_token=words[1]).save_pretrained(folder)
     torch.manual_seed(0)
-    shape = {"hidden_size": 512, "num_hidden_layers": 6, "intermediate_size": 1408, "vocab_size": WORDS}
+    shape = {"hidden_size": width, "num_hidden_layers": layers, "intermediate_size": 11 * width // 4}
+    shape["vocab_size"] = vocabulary
     heads = {"num_attention_heads": 8, "num_key_value_heads": 2, "tie_word_embeddings": False}
     ends = {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": None}
     Qwen2ForCausalLM(Qwen2Config(**shape, **heads, **ends, max_position_embeddings=2048)).save_pretrained(folder)
 
 
-def make_random(world: Path, prompt: tuple[int, int], longest: int, live: int, prompts: int, samples: int = 8) -> None:
+def make_random(
+    world: Path,
+    prompt: tuple[int, int],
+    longest: int,
+    live: int,
+    prompts: int,
+    samples: int = 8,
+    vocabulary: int = 6000,
+    width: int = 512,  # 23 million parameters
+    layers: int = 6,
+) -> None:
     """`prompts` prompts, and for the first `live` of them K random answers of 1 to `longest` tokens, with rewards that
     differ in each group, off-policy by a little noise."""
-    random_model(world / "model")
+    random_model(world / "model", vocabulary, width, layers)
     (world / "reward.py").write_text(REWARD)
     random = np.random.default_rng(0)
-    rows = [random.integers(2, WORDS, random.integers(prompt[0], prompt[1] + 1)) for _ in range(prompts)]
+    rows = [random.integers(2, vocabulary, random.integers(prompt[0], prompt[1] + 1)) for _ in range(prompts)]
     lines = [{"prompt": "".join(str(token % 10) for token in row), "answer": "-"} for row in rows]
     (world / "data.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     length = random.integers(1, longest + 1, (live, samples)).astype(np.int32)
@@ -143,7 +155,7 @@ def make_random(world: Path, prompt: tuple[int, int], longest: int, live: int, p
         prompt_length=np.array([len(row) for row in rows[:live]], np.int32),
         prompt_tokens=np.concatenate(rows[:live]).astype(np.int32),
         length=length,
-        tokens=random.integers(2, WORDS, length.sum()).astype(np.int32),
+        tokens=random.integers(2, vocabulary, length.sum()).astype(np.int32),
         behavior_logps=random.normal(0, 0.05, length.sum()).astype(np.float32),
         rewards=rewards.astype(np.float32),
         truncated=np.zeros_like(length, np.uint8),
@@ -160,6 +172,9 @@ MAKE = {
     "toy": make_toy,
     "mid": functools.partial(make_random, prompt=(50, 150), longest=64, live=16, prompts=64),
     "long": functools.partial(make_random, prompt=(480, 520), longest=512, live=2, prompts=2),
+    "vocabulary": functools.partial(
+        make_random, prompt=(50, 150), longest=256, live=4, prompts=4, vocabulary=151_936, width=64, layers=2
+    ),
 }
 
 
@@ -472,6 +487,27 @@ def plain_work(spec: dict, world: Path) -> Callable[[], dict]:
 
 NEAR = {"atol": 1e-4, "rtol": 0.0}
 
+
+# ---------------------------------------------------------------------------------------------------------------------
+# (d) A vocabulary of 150,000: logits in pieces, or at once
+
+
+def vocabulary_work(spec: dict, world: Path) -> Callable[[], dict]:
+    trajectories = rollout.Trajectories(**load_file(world / f"first-{spec['prompts']}.safetensors"))
+    model, script = rollout.load_model(world / "model")[0], spec["way"].partition(",")[0]
+    if spec["way"].endswith("at once"):
+        train.LOGITS = sys.maxsize
+    if script == "scoring":
+        score = ours(model, trajectories, 4096, 0)
+    options = {"temperature": 1.0, "clip": 0.2, "kl": 0.0, "entropy": 0.001, "batch_tokens": 4096}
+
+    def work() -> dict:
+        score() if script == "scoring" else train.grpo_step(model, None, trajectories, **options)
+        return {"prompts": spec["prompts"]}
+
+    return work
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # A worker: one way, one round for each line on its standard input
 
@@ -490,7 +526,8 @@ def serve(spec: dict) -> None:
     if spec["part"] == "step":
         work = our_step(world)[0]
     else:
-        work = {"scoring": score_work, "precision": precision_work, "plain": plain_work}[spec["part"]](spec, world)
+        works = {"scoring": score_work, "precision": precision_work, "plain": plain_work, "vocabulary": vocabulary_work}
+        work = works[spec["part"]](spec, world)
     answer({})  # ready
     for _ in sys.stdin:
         clock = time.perf_counter()
@@ -550,13 +587,19 @@ class Worker:
 # ---------------------------------------------------------------------------------------------------------------------
 # Rows: {"part", "world", "rounds", "ways": {way: {"batches" to try, and what else its worker needs}}}, ours first
 
-ROUNDS = {"toy": 7, "mid": 5, "long": 2}
+ROUNDS = {"toy": 7, "mid": 5, "long": 2, "vocabulary": 2}
 MICRO = {"toy": (64, 128, 256, 512), "mid": (8, 16, 32, 64), "long": (4,)}  # completions in TRL's micro-batch
 SIZES = {"toy": (1024, 2048, 4096, 8192), "mid": (512, 1024, 2048, 4096), "long": (1024, 8192)}  # tokens
-PROMPTS = {"toy": (256, 64), "mid": (16, 4), "long": (2,)}  # in a round of scoring; with a dense projection
+PROMPTS = {
+    "toy": (256, 64),
+    "mid": (16, 4),
+    "long": (2,),
+    "vocabulary": (4,),
+}  # in a round of scoring; with a dense projection
 KS = {"toy": (4096, 32768), "mid": (4096, 32768), "long": (4096,)}
 ANY = (None,)  # nothing to choose
 PLAIN, SKETCHES = ("shared", "repeated", "prefix-grouper"), ("dattri-llm", "bergson")
+VOCABULARY = ("scoring", "scoring, logits at once", "training", "training, logits at once")
 SCORING = ("ours", OLD, "autograd", *SKETCHES)
 DENSE = {
     "toy": {"dattri": 4096, "traker": 4096},
@@ -566,7 +609,7 @@ DENSE = {
 
 def wanted() -> Iterator[tuple[str, dict]]:
     """The rows and their names."""
-    for world in MAKE:
+    for world in KS:
         common, prompts = {"world": world, "rounds": ROUNDS[world]}, PROMPTS[world][0]
         ways = {"ours": {"batches": ANY}, "TRL": {"batches": MICRO[world]}}
         yield f"step/{world}", common | {"part": "step", "ways": ways}
@@ -577,6 +620,8 @@ def wanted() -> Iterator[tuple[str, dict]]:
             dense = DENSE.get(world, {}) if k == min(KS[world]) else {}
             ways |= {way: {"batches": ANY, "prompts": PROMPTS[world][-1], "k": size} for way, size in dense.items()}
             yield f"scoring/{world}/{k}", common | {"part": "scoring", "ways": ways}
+    ways = {way: {"batches": ANY, "prompts": 4} for way in VOCABULARY}
+    yield "vocabulary", {"part": "vocabulary", "world": "vocabulary", "rounds": ROUNDS["vocabulary"], "ways": ways}
     for k in KS["toy"]:
         for way in ("ours", *SKETCHES, *(DENSE["toy"] if k == 4096 else ())):
             common = {"part": "precision", "world": "toy", "rounds": 1 if way in DENSE["toy"] else 3}  # seeds
@@ -709,6 +754,11 @@ TABLES = {  # part: its text, the head of its tables
         "Forward + backward of the same trajectories, parameter gradients summed. Batches are in tokens.",
         "| way | ms per prompt | / shared |",
     ),
+    "vocabulary": (
+        "A small model with 151,936 tokens, answers to 256: log-probs from some logits at a time, as in train.py, and "
+        "from all logits of a batch at once.",
+        "| way | ms per prompt | / scoring |",
+    ),
 }
 
 
@@ -794,7 +844,7 @@ def main(only: str | None, again: bool, work: Path) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", choices=["step", "scoring", "precision", "plain"], help="one part")
+    parser.add_argument("--only", choices=["step", "scoring", "precision", "plain", "vocabulary"], help="one part")
     parser.add_argument("--again", action="store_true", help="measure anew what is there")
     parser.add_argument("--page", action="store_true", help="only write the page")
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "cropi-peers", help="for its worlds")

@@ -520,9 +520,12 @@ def test_free_options_of_train(made, tmp_path, option):
         return
     models = [rollout.load_file(folder / "o/model/model.safetensors") for folder in (world, tmp_path)]
     start = rollout.load_file(TOY / "model/model.safetensors")
+    changes = {}
     for name, values in models[0].items():  # up to rounding, compared with how far training went
-        moved = np.linalg.norm(values - start[name])
-        assert np.linalg.norm(values - models[1][name]) <= 1e-3 * moved, name
+        changes[name] = np.linalg.norm(values - models[1][name]) / np.linalg.norm(values - start[name])
+        # Attention hardly depends on a bias of the keys: its gradient is near rounding, and AdamW scales it up.
+        assert changes[name] <= (1e-2 if name.endswith("k_proj.bias") else 1e-3), name
+    assert np.median(list(changes.values())) <= 5e-5
 
 
 def test_free_options_of_a_run_and_its_extent(made, tmp_path):
