@@ -25,7 +25,9 @@ sys.path.insert(0, str(ROOT / "bench"))
 import ablate
 import compare
 import lines
+import peers
 import plan
+import scorers
 import tries
 
 import cropi
@@ -487,3 +489,41 @@ def f(x):  # trailing
     assert size.tokens == 6 + 7 + 2
     assert size.bodies == [(3, "f")]
     assert size.share == 5.5 / 9
+
+
+def test_peers_are_given_the_same_objective(toy, ragged):
+    """Padded rows, one for each completion, against our own rows."""
+    groups = peers.groups_of(ragged)
+    assert len(groups) == len(ragged.live()) > 5
+    for n, group in zip(ragged.live().tolist(), groups, strict=True):
+        batch = train.collate(ragged, [(n, range(6))], torch.device("cpu"))
+        with torch.no_grad():
+            logps, _ = train.completion_logps(toy[0], batch, 1.0)
+            expected = project.off_policy_objective(logps, batch, "token").item()
+            logits = toy[0](group["ids"], attention_mask=group["attention_mask"]).logits
+            found = scorers.policy_objective(logits, group["ids"], group["weight"], group["behavior_logps"]).item()
+        assert found == pytest.approx(expected, abs=1e-5)
+        assert group["completion"].sum() == len(logps)
+
+
+def test_precision_of_peers_by_hand(tmp_path):
+    """Ten prompts and one validation set of two: the top 10% is one prompt."""
+    pool = np.eye(10, dtype=np.float32)
+    for name, best in {"exact": 3, "same": 3, "other": 4}.items():
+        valid = 3 * pool[best] + pool[:2]  # its mean points along `best`
+        np.save(tmp_path / f"{name}.npy", np.concatenate([pool, valid]).astype(np.float32))
+    exact, same, other = (peers.cosines(tmp_path / f"{name}.npy", [10, 2]) for name in ("exact", "same", "other"))
+    assert exact.shape == (10, 1) and exact[3, 0] == pytest.approx(3 / (9 + 0.5) ** 0.5)
+    assert peers.overlap(exact, same) == 1 and peers.overlap(exact, other) == 0
+
+
+def test_the_older_scripts_are_given_the_same_trajectories(ragged, monkeypatch):
+    """In the layout of that commit: every prompt once more for each of its completions."""
+    made = {}
+    monkeypatch.setattr(rollout, "Trajectories", lambda **tensors: made.update(tensors))
+    peers.old_trajectories(ragged.tensors())
+    for m, (n, k) in enumerate(np.ndindex(ragged.rewards.shape)):
+        span = slice(*made["offsets"][m : m + 2])
+        expected = np.concatenate([ragged.prompt(n), ragged.tokens[ragged.span(n, k)]])
+        np.testing.assert_array_equal(made["tokens"][span], expected)
+    assert made["prompt_length"].tolist() == np.repeat(ragged.prompt_length, 6).tolist()
