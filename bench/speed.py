@@ -25,7 +25,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import numpy as np  # noqa: E402
 import torch  # noqa: E402
+from peers import random_model  # noqa: E402
 
 import project  # noqa: E402
 import rollout  # noqa: E402
@@ -127,6 +129,27 @@ def sampling(rounds: int, prompts: int = 64, samples: int = 8, max_tokens: int =
     return {"tokens_per_second": medians, "engine_over_generate": ratio}
 
 
+def sharing_heads(rounds: int, prompts: int = 8, samples: int = 8, max_tokens: int = 64) -> dict:
+    """Sampling with transformers' attention, which copies keys and values for each head, against ours: seconds, from a
+    random Qwen2 of 23 million parameters with eight heads on two of keys and values."""
+    with tempfile.TemporaryDirectory() as folder:
+        random_model(Path(folder), 6000, 512, 6)
+        model, tokenizer = rollout.load_model(Path(folder))
+    random, engine = np.random.default_rng(0), rollout.TransformersEngine(model, tokenizer)
+    encoded = [random.integers(2, 6000, length).tolist() for length in random.integers(50, 150, prompts)]
+    seconds: dict[str, list[float]] = {rollout.attention.__name__: [], "sdpa": []}
+    sizes = {"samples": samples, "max_tokens": max_tokens, "temperature": 1.0, "seed": [0]}
+    for number in range(rounds + 1):
+        for name, values in seconds.items():
+            model.set_attn_implementation(name)
+            spent = timed(engine.generate, encoded, range(prompts), **sizes)
+            values += [spent] if number else []  # the first round warms up
+    ours, theirs = seconds.values()
+    ratio = statistics.median(b / a for a, b in zip(ours, theirs, strict=True))
+    print(f"sampling with transformers' attention / ours, 23M parameters: {ratio:.2f}")
+    return {"seconds": {name: statistics.median(values) for name, values in seconds.items()}, "sdpa_over_ours": ratio}
+
+
 GUARDED = """
 import json, os, sys, time
 
@@ -180,6 +203,7 @@ if __name__ == "__main__":
     arguments = parser.parse_args()
     result = {"cores": os.cpu_count(), "torch": torch.__version__, "python": platform.python_version()}
     result["sampling"] = sampling(arguments.rounds)
+    result["sharing_heads"] = sharing_heads(arguments.rounds)
     result["scoring"] = scoring(arguments.rounds)
     if not arguments.no_run:
         result["default_run"] = whole_run()
