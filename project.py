@@ -371,7 +371,7 @@ def project(
     halves: Natural = 512,
     dtype: Dtype = "auto",
     deterministic: bool = False,
-    batch_tokens: Count = 1024,
+    batch_tokens: Count = 4096,
     seed: Natural = 0,
 ) -> None:
     """Options that rollout.py has as well are documented there.

@@ -1278,13 +1278,11 @@ def peek(path: Path) -> dict:
             with safe_open(path, framework="np") as file:  # checks that header and length agree
                 text = file.metadata()["cropi"]
         record = json.loads(text)
-        checksum, version = record.pop("checksum", None), record.get("recipe", record)["format"]
+        version, _ = record.get("recipe", record)["format"], record.pop("checksum", None)
     except (OSError, SafetensorError, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise BadInput(
-            f"{source} is damaged, or not one of our files ({error!r}); remove it, or name another"
-        ) from None
+        raise BadInput(f"{source} is damaged, or not one of our files ({error!r}); remove it or name another") from None
     require(version == FORMAT, f"{source} has the format {version}, not {FORMAT}; make it anew in another place")
-    require(checksum == digest(json.dumps(record)), f"{source} {CHANGED}")
+    require(seal(record) == text, f"{source} {CHANGED}")  # as text: "0.30000000000000004" and "...3" are one number
     return record
 
 

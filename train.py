@@ -180,7 +180,7 @@ def micro_batches(
     trajectories: Trajectories, prompts: Sequence[int], batch_tokens: int, halved: Array | None = None
 ) -> Iterator[list[Piece]]:
     """The groups of some prompts n, in batches of at most `batch_tokens` tokens, padding included. A group that is too
-    long for a batch is cut, down to single trajectories.
+    long for a batch is cut, down to single trajectories. On a CPU batches are smaller, unless a group is longer.
 
     Args:
         halved: (N,) groups that are cut in two in any case.
@@ -195,9 +195,11 @@ def micro_batches(
                 pieces.append((n, ks[:fitting]))
                 sizes.append(prompt + int(fed[ks[:fitting]].sum()))
                 ks = ks[fitting:]
-    yield from ([pieces[i] for i in batch] for batch in rollout.pack(sizes, batch_tokens))
+    most = min(batch_tokens, CACHE) if rollout.device().type == "cpu" else batch_tokens
+    yield from ([pieces[i] for i in batch] for batch in rollout.pack(sizes, most))
 
 
+CACHE = 1536  # tokens whose activations stay in a CPU's cache; bench/speed.py tries other sizes
 LONG = 256  # tokens of a row from which attention goes completion by completion
 
 

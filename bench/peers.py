@@ -460,6 +460,7 @@ def grouped_attention(module, query, key, value, _, prefix_grouper, **others):
 def plain_work(spec: dict, world: Path) -> Callable[[], dict]:
     trajectories = rollout.Trajectories(**load_file(world / f"first-{spec['prompts']}.safetensors"))
     model, find = rollout.load_model(world / "model")[0], train_py_logps
+    train.CACHE = sys.maxsize  # the batch is spec's
     batches = [*train.micro_batches(trajectories, trajectories.live(), spec["batch"])]
     if spec["way"] == "repeated":
         batches = [[(n, range(k, k + 1)) for n, ks in pieces for k in ks] for pieces in batches]

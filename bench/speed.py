@@ -21,6 +21,7 @@ import tempfile
 import time
 from functools import partial
 from pathlib import Path
+from unittest import mock
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -31,7 +32,7 @@ from peers import random_model  # noqa: E402
 
 import project  # noqa: E402
 import rollout  # noqa: E402
-from train import collate, completion_logps, micro_batches  # noqa: E402
+import train  # noqa: E402
 
 
 def plain(model, trajectories: Path, layout: str, batch_tokens: int) -> None:
@@ -39,19 +40,22 @@ def plain(model, trajectories: Path, layout: str, batch_tokens: int) -> None:
     model.zero_grad()
     for path in rollout.shards(trajectories, "trajectories"):
         stored, _ = rollout.load_trajectories(path)
-        for pieces in micro_batches(stored, stored.live(), batch_tokens):
+        with mock.patch.object(train, "CACHE", batch_tokens):
+            batches = [*train.micro_batches(stored, stored.live(), batch_tokens)]
+        for pieces in batches:
             if layout == "repeated":  # a row for each completion, each with its prompt
                 pieces = [(n, range(k, k + 1)) for n, ks in pieces for k in ks]
-            batch = collate(stored, pieces, model.device)
-            project.off_policy_objective(completion_logps(model, batch, 1.0)[0], batch, "token").backward()
+            batch = train.collate(stored, pieces, model.device)
+            project.off_policy_objective(train.completion_logps(model, batch, 1.0)[0], batch, "token").backward()
 
 
 def best_plain(model, trajectories: Path, layout: str) -> partial:
     """`plain` at the batch size that suits it best."""
-    sizes = {n: partial(plain, model, trajectories, layout, n) for n in (1024, 2048, 4096, 8192)}
-    best = min(sizes, key=lambda n: min(timed(sizes[n]) for _ in range(2)))
-    print(f"plain, {layout}: batches of {best} tokens")
-    return sizes[best]
+    sizes = {n: partial(plain, model, trajectories, layout, n) for n in (1024, 1536, 2048, 4096, 8192)}
+    rounds = [{n: timed(sizes[n]) for n in sizes} for _ in range(4)][1:]
+    seconds = {n: statistics.median(each[n] for each in rounds) for n in sizes}
+    print(f"plain, {layout}: batches of " + ", ".join(f"{n} tokens {seconds[n]:.2f} s" for n in sizes))
+    return sizes[min(seconds, key=seconds.get)]
 
 
 def timed(work, *args, **options) -> float:

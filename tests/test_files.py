@@ -369,6 +369,17 @@ def test_each_reader_refuses_every_flip(whole, checkpoint, tmp_path, kind):
         assert f"holds {kind}, where something else is needed" in refused(lambda: rollout.load(path, "something else"))
 
 
+def test_a_digit_that_changes_no_number_is_noticed(tmp_path):
+    """0.30000000000000004 and 0.30000000000000005 are the same double."""
+    path = tmp_path / "x.safetensors"
+    rollout.save(path, {"x": np.zeros(1)}, {"format": rollout.FORMAT, "kind": "x"}, {"seconds": 0.1 + 0.2})
+    rollout.load(path, "x")
+    data = path.read_bytes()
+    assert data.count(b"0.30000000000000004") == 1
+    path.write_bytes(data.replace(b"0.30000000000000004", b"0.30000000000000005"))
+    assert str(path) in refused(lambda: rollout.load(path, "x"))
+
+
 def test_a_changed_model_is_refused(whole, tmp_path):
     shutil.copytree(whole / "run/stage-01/model", tmp_path / "m")
     rollout.load_model(tmp_path / "m")
