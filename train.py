@@ -199,7 +199,7 @@ def micro_batches(
     yield from ([pieces[i] for i in batch] for batch in rollout.pack(sizes, most))
 
 
-CACHE = 1536  # tokens whose activations stay in a CPU's cache; bench/speed.py tries other sizes
+CACHE = 1024  # tokens whose activations stay in a CPU's cache; bench/speed.py tries other sizes
 LONG = 256  # tokens of a row from which attention goes completion by completion
 
 

@@ -11,7 +11,7 @@ step       One GRPO step, sampling and update apart. TRL runs at the micro-batch
 scoring    Milliseconds per prompt of influence gradients (`bench/scorers.py`). "autograd" goes prompt by prompt and
            does not project; "fe01f78" is an earlier commit of this project.
 precision  Of those on the toy: overlap of the top 10% of the prompts, by cosine with the mean validation gradient, with
-           that from exact gradients; means over both validation sets. The policy is 20 steps from the one that sampled.
+           that from exact gradients; means over both validation sets. The policy is 40 steps from the one that sampled.
 plain      Forward + backward of all live groups, parameter gradients summed. "shared" is train.py's own layout,
            "repeated" has a row for each completion with its prompt; each way runs at its best batch size.
 
