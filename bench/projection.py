@@ -344,7 +344,7 @@ def watch():  # memory of its own, not the pages of files that are mapped
         lines = open("/proc/self/status").read().splitlines()
         peak = max(peak, next(int(line.split()[1]) for line in lines if line.startswith("RssAnon")))
         time.sleep(0.05)
-thread = threading.Thread(target=watch)
+thread = threading.Thread(target=watch, daemon=True)
 thread.start()
 clock = time.perf_counter()
 project.project(trajectories=files / "t", out=files / "g")
@@ -380,7 +380,7 @@ def scale(run: Path, counts: tuple[int, ...]) -> list[dict]:
                 rollout.save(path, table.tensors(), shard, facts)
             command = [sys.executable, "-c", CHILD, str(ROOT), str(files)]
             environment = os.environ | {"PYTHONPATH": str(ROOT)}
-            ended = subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True, text=True)
+            ended = subprocess.run(command, cwd=ROOT, env=environment, check=True, stdout=subprocess.PIPE, text=True)
             project_s, select_s, project_kb, select_kb = map(float, ended.stdout.split()[-4:])
             row = {
                 "prompts": count,
