@@ -376,7 +376,7 @@ def scale(run: Path, counts: tuple[int, ...]) -> list[dict]:
                 laps = np.split(places[part], np.flatnonzero(np.diff(places[part]) < 0) + 1)
                 table = rollout.Trajectories(**select.join([live.take(lap).tensors() for lap in laps]))
                 table.prompt_index = part.astype(np.int32)
-                facts = rollout.facts(0.0, trajectories=table.rewards.size, live=len(part))
+                facts = rollout.facts(0.0, **table.counts())
                 rollout.save(path, table.tensors(), shard, facts)
             command = [sys.executable, "-c", CHILD, str(ROOT), str(files)]
             environment = os.environ | {"PYTHONPATH": str(ROOT)}
