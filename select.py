@@ -75,7 +75,7 @@ else:
     import csv
     import inspect
     import time
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable
     from pathlib import Path
     from types import SimpleNamespace
     from typing import Annotated, Literal
@@ -252,42 +252,43 @@ def join(tables: list[dict[str, Array]]) -> dict[str, Array]:
     return {name: np.concatenate([table[name] for table in tables]) for name in tables[0]}
 
 
-def load_set(folder: Path, kind: str, names: Sequence[str] | None = None) -> dict[str, Array]:
-    """The tensors, or those with these names, of all shards, joined: for what fits into memory."""
-    loaded = (rollout.load(path, kind)[0] for path in rollout.shards(folder, kind))
-    return join([{name: tensors[name] for name in names or tensors} for tensors in loaded])
-
-
 def of_trajectories(folder: Path, count: int) -> dict[str, Array]:
     """pass_rate, length, truncated: means over the stored trajectories of each of N prompts, (N,) each."""
     columns = {"pass_rate": "rewards", "length": "length", "truncated": "truncated"}
-    stored = load_set(folder, "trajectories", ["prompt_index", *columns.values()])
+    loaded = (rollout.load(path, "trajectories")[0] for path in rollout.shards(folder, "trajectories"))
+    stored = join([{name: tensors[name] for name in ("prompt_index", *columns.values())} for tensors in loaded])
     return {name: spread(stored[of].mean(1), stored["prompt_index"], count) for name, of in columns.items()}
+
+
+def read_gradients(folder: Path, directions: Array = ()) -> tuple[dict[str, Array], Array, Array]:
+    """Of a set's live prompts, shard by shard, since the sketches of many do not fit into memory: the columns, with
+    cosine and inner (N,V) for directions (V, k); the mean of the sketches (k,); those of both halves, (2, H, k)."""
+    columns, halves, total = [], [], 0.0
+    for path in rollout.shards(folder, "gradients"):
+        tensors, _ = rollout.load(path, "gradients")
+        halves.append(halves_of(tensors))
+        sketch = tensors.pop("sketch").astype(np.float64)  # (n, k)
+        total = total + sketch.sum(0)
+        if len(directions):
+            tensors |= {"cosine": cosines(sketch, directions), "inner": sketch @ directions.T}
+        columns.append({name: values for name, values in tensors.items() if not name.startswith("half_")})
+    columns = join(columns)
+    return columns, total / max(1, len(columns["prompt_index"])), np.concatenate(halves, 1)
 
 
 def of_gradients(gradients: Path, valid_gradients: dict[str, Path], count: int) -> tuple[dict[str, Array], dict]:
     """cosine, inner (N,V) and grad_norm (N,) of the pool's N prompts, V being the validation sets with a live prompt;
     and the diagnostics that sketches allow."""
-    valid = [load_set(folder, "gradients") for folder in valid_gradients.values()]
-    directions = np.array([tensors["sketch"].mean(0, np.float64) for tensors in valid])  # over the live prompts (4)
-    valid_halves = np.array([[half.sum(0, np.float64) for half in halves_of(tensors)] for tensors in valid])
-    columns, halves = [], []
-    for path in rollout.shards(gradients, "gradients"):  # one at a time: a large pool's do not fit into memory
-        tensors, _ = rollout.load(path, "gradients")
-        first, second = halves_of(tensors)
-        sketch = tensors.pop("sketch").astype(np.float64)  # (n, k)
-        halves.append((first, second))
-        if valid:
-            tensors |= {"cosine": cosines(sketch, directions), "inner": sketch @ directions.T}
-        columns.append({name: values for name, values in tensors.items() if not name.startswith("half_")})
-    pool = join(columns)
+    sets = [read_gradients(folder) for folder in valid_gradients.values()]
+    valid, directions = [columns for columns, _, _ in sets], np.array([mean for _, mean, _ in sets])  # (4)
+    valid_halves = np.array([halves.sum(1) for _, _, halves in sets])
+    pool, _, (first, second) = read_gradients(gradients, directions)
     diagnostics = {"live_prompts": len(pool["prompt_index"])}
     for name in STALENESS if diagnostics["live_prompts"] else ():
         mean, worst = np.max if name == "largest_change" else np.mean, min if name.startswith("ess") else max
         diagnostics[name] = float(mean(pool[name]))
         if valid:
             diagnostics[f"valid_{name}"] = float(worst(mean(tensors[name]) for tensors in valid))
-    first, second = map(np.concatenate, zip(*halves, strict=True))
     diagnostics |= split_half((first + second) / 2, first, valid_halves)
     names = ("grad_norm", "cosine", "inner") if valid else ("grad_norm",)
     return {name: spread(pool[name], pool["prompt_index"], count) for name in names}, diagnostics

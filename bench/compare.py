@@ -54,7 +54,6 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import rollout  # noqa: E402
-from cropi import select  # noqa: E402
 from rollout import require  # noqa: E402
 
 DRAWS = 10_000
@@ -284,7 +283,10 @@ def standard_errors(path: Path, report: dict) -> list[float]:
         parent = path / (f"stage-{stage:02d}" if stage else "rollouts")
         folders = [parent / f"test-{name}" for name in report["targeted"]]
         there = all(folder.is_dir() for folder in folders)
-        rewards = [select.load_set(folder, "trajectories")["rewards"] for folder in folders if there]
+        paths = [rollout.shards(folder, "trajectories") for folder in folders if there]
+        rewards = [
+            np.concatenate([rollout.load(path, "trajectories")[0]["rewards"] for path in each]) for each in paths
+        ]
         errors.append(standard_error(rewards) if there else np.nan)
     return errors
 

@@ -45,6 +45,11 @@ STAGES = (0, 2)
 VALID = cropi.set_names(cropi.TOY_VALID, "valid-")
 
 
+def load_set(folder: Path, kind: str) -> dict[str, np.ndarray]:
+    """The tensors of all shards of a folder, joined."""
+    return select.join([rollout.load(path, kind)[0] for path in rollout.shards(folder, kind)])
+
+
 def right_completions(model, tokenizer, path: str) -> Batch:
     """Each prompt of a validation set with its one right completion."""
     rows = rollout.load_prompts(path)
@@ -121,9 +126,9 @@ def study(run: Path, stage: int, count: int) -> dict:
     path = run / f"stage-{stage:02d}" / "model" if stage else rollout.TOY / "model"
     model, tokenizer = rollout.load_model(path)
     folder = run / f"stage-{stage + 1:02d}"
-    train = select.load_set(folder / "gradients-train", "gradients")
+    train = load_set(folder / "gradients-train", "gradients")
     picked = np.sort(np.random.default_rng(0).permutation(len(train["prompt_index"]))[:count])
-    valid = [select.load_set(folder / f"gradients-valid-{name}", "gradients")["sketch"] for name in VALID]
+    valid = [load_set(folder / f"gradients-valid-{name}", "gradients")["sketch"] for name in VALID]
     directions = np.stack([sketch.mean(0, dtype=np.float64) for sketch in valid])  # (V, k)
     sketch, prompts = train["sketch"][picked], train["prompt_index"][picked].tolist()
     rate = np.array(train["pass_rate"][picked], np.float64)
@@ -222,7 +227,7 @@ if __name__ == "__main__":
         }
         if stage == 0:
             checks[stage]["sampled_expected_reward"] = {
-                name: float(select.load_set(run / f"rollouts/valid-{name}", "trajectories")["rewards"].mean())
+                name: float(load_set(run / f"rollouts/valid-{name}", "trajectories")["rewards"].mean())
                 for name in VALID
             }
     result = {"eta": ETA, "fresh": FRESH, "prompts": arguments.prompts, "checks": checks, "correlations": table}
