@@ -778,7 +778,7 @@ def attention(
     """sdpa's attention, (B, heads, W, d) -> (B, W, heads, d). Two things are different.
 
     On a CPU, heads that share keys and values read the same ones. transformers' own function copies them for each head
-    where there is a mask, and sampling takes 1.6 times as long (bench/speed.py).
+    where there is a mask, and sampling takes 1.7 times as long (bench/speed.py).
 
     In train.py a row holds a prompt and its completions. The mask of a long one would have W² elements, most of them
     empty. So the prompt attends to itself, then each completion to [the prompt; itself]: `segments` has for each row
