@@ -283,10 +283,8 @@ def standard_errors(path: Path, report: dict) -> list[float]:
         parent = path / (f"stage-{stage:02d}" if stage else "rollouts")
         folders = [parent / f"test-{name}" for name in report["targeted"]]
         there = all(folder.is_dir() for folder in folders)
-        paths = [rollout.shards(folder, "trajectories") for folder in folders if there]
-        rewards = [
-            np.concatenate([rollout.load(path, "trajectories")[0]["rewards"] for path in each]) for each in paths
-        ]
+        shards = [rollout.shards(folder, "trajectories") for folder in folders if there]
+        rewards = [np.concatenate([rollout.load_trajectories(path)[0].rewards for path in paths]) for paths in shards]
         errors.append(standard_error(rewards) if there else np.nan)
     return errors
 

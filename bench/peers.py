@@ -4,7 +4,7 @@
     .venv-peers/bin/pip install -r requirements.txt --extra-index-url https://download.pytorch.org/whl/cpu
     .venv-peers/bin/pip install --no-deps -r bench/requirements-peers.txt
     .venv-peers/bin/python bench/peers.py              # under an hour on two cores; resumes row by row
-    .venv-peers/bin/python bench/peers.py --only step  # or scoring, precision, plain
+    .venv-peers/bin/python bench/peers.py --only step  # or scoring, precision, plain, vocabulary
     .venv-peers/bin/python bench/peers.py --page       # only docs/peers.md from docs/peers.json
 
 step       One GRPO step, sampling and update apart. TRL runs at the micro-batch that suits it best.
@@ -14,7 +14,6 @@ precision  Of those on the toy: overlap of the top 10% of the prompts, by cosine
            that from exact gradients; means over both validation sets. The policy is 40 steps from the one that sampled.
 plain      Forward + backward of all live groups, parameter gradients summed. "shared" is train.py's own layout,
            "repeated" has a row for each completion with its prompt; each way runs at its best batch size.
-
 vocabulary Scoring and training with a vocabulary of 151,936: logits in pieces, or at once.
 
 Worlds: `toy` is the bundled one; `mid` a random Qwen2 with prompts of 50 to 150 tokens and answers to 64; `long` the
