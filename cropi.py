@@ -1,7 +1,7 @@
 """CROPI: the curriculum loop. Stage after stage, train on the prompts whose gradients point where validation points.
 
     python cropi.py run --stages 8 --frac 0.1
-    torchrun --standalone --nproc-per-node 2 cropi.py run --stages 8 --frac 0.1
+    python cropi.py run --stages 8 --frac 0.1 --processes 2     # docs/cluster.md
 
 The algorithm (Data-Efficient RLVR via Off-Policy Influence Guidance, arXiv 2510.26491), in the numbers of the README:
 
@@ -17,7 +17,7 @@ Each step is a script that also runs alone; this one calls their functions in on
 processes would spend longer importing than learning on the toy) and prints the shell command that does the same.
 
 One run is one folder. Every file in it is whole and says what it was made from, so the same command again makes what is
-missing, and nothing else. With torchrun, rollouts, evaluation and scoring are shared out; rank 0 trains.
+missing, and nothing else. Many processes share out rollouts, evaluation, scoring and the prompts of a training step.
 
     runs/NAME/
       run.safetensors                      no tensors: the run's recipe, so that a changed option is refused at once
@@ -25,7 +25,7 @@ missing, and nothing else. With torchrun, rollouts, evaluation and scoring are s
       stage-01/                            of stage 1
         rollouts/{train,valid-*}/              β's trajectories, where they were refreshed
         gradients-{train,valid-*}/             selection.{safetensors,csv}
-        model/  optimizer.safetensors          metrics.jsonl (a line per step)
+        model/  optimizer/                     metrics.jsonl (a line per step)
         test-*/                                the evaluation after this stage
       curve.png  selection.png  report.json    computed from the files above
 """
@@ -35,10 +35,13 @@ from __future__ import annotations
 import importlib.util
 import itertools
 import json
+import logging
 import os
 import re
 import shlex
+import signal
 import socket
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -151,7 +154,7 @@ def curriculum(run: Run, stages: int) -> Iterator[int]:
             return
         start = {"model": policy, "initial_model": run.model, "optimizer": optimizer}
         call("train", **start, data=run.pool, selection=selection, out=stage, seed=seed, **run.settings["train"])  # (6)
-        policy, optimizer = stage / "model", stage / "optimizer.safetensors"  # θ_s
+        policy, optimizer = stage / "model", stage / "optimizer"  # θ_s
         evaluate(run, policy, stage)
         if RANK == 0 and s > run.keep_states:
             train.remove(run.stage(s - run.keep_states) / optimizer.name)
@@ -418,6 +421,8 @@ def run(
     out: Path | None = None,
     assignments: Annotated[list[str], typer.Option("--set")] = [],
     engine: rollout.Engine = "auto",
+    processes: rollout.Count = 1,
+    max_restarts: rollout.Natural = 0,
     save_every: rollout.Weight = 300.0,
     keep_states: rollout.Count = 1,
     group_by: str = "family",
@@ -436,10 +441,14 @@ def run(
         refresh_every: Sample the stored trajectories anew every N stages; 0: never.
         out: Folder of the run.  [default: runs/SELECTOR-SEED, or runs/FILE-FUNCTION-SEED]
         assignments: SCRIPT.OPTION=VALUE, such as train.lr=1e-4; repeat.
+        processes: Run in so many processes on this machine, one to a GPU; for several machines use torchrun.
+        max_restarts: If a process dies, start all again, so many times.
         save_every: Save a checkpoint of training every N seconds.
         keep_states: Keep the optimizer states of the last N stages.
         group_by: Data column that selection.png shows.
     """
+    if processes > 1 and rollout.WORLD == 1:
+        return launch(processes, max_restarts)
     rollout.device()
     ours = [f"rollout.engine={engine}"] if engine != "auto" else []
     ours += [f"rollout.limit={limit}"] if limit else []
@@ -468,8 +477,33 @@ def run(
             recipe, begun = run_recipe(this, prompts), out / "run.safetensors"
             if not rollout.is_made(begun, recipe):
                 rollout.save(begun, {}, recipe, rollout.facts(0.0))
-        rollout.barrier()
+        rollout.gather()
         follow(this, stages, prompts, group_by)
+
+
+def launch(processes: int, max_restarts: int) -> None:
+    """Run this same command in so many processes, by torch's own launcher, and end as the first of them that fails."""
+    from torch.distributed.elastic.multiprocessing import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
+    os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"  # else the port is in use at half of the restarts
+    logging.getLogger("torch.distributed.elastic").setLevel("CRITICAL")  # what went wrong is said below, once
+    where = {"rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0", "monitor_interval": 0.1}
+    where["virtual_local_rank"] = True  # each process sees its own GPU alone, as vLLM wants it
+    config = LaunchConfig(1, 1, processes, run_id=str(os.getpid()), max_restarts=max_restarts, **where)
+    try:
+        elastic_launch(config, sys.executable)(*sys.argv)
+    except SignalException as stopped:
+        raise (KeyboardInterrupt if stopped.sigval == signal.SIGINT else SystemExit(128 + stopped.sigval)) from None
+    except ChildFailedError as failed:
+        rank, failure = failed.get_first_failure()
+        require(failure.exitcode != 2, failure.message.removeprefix("error: "))
+        if failure.exitcode == 130:
+            raise KeyboardInterrupt from None
+        ended = failure.message if failure.exitcode < 0 else f"exit code {failure.exitcode}, see above"
+        sys.exit(f"process {rank} ended ({ended}); the same command resumes: {shlex.join(['python', *sys.argv])}")
 
 
 def follow(run: Run, stages: int, prompts: rollout.Prompts, group_by: str) -> None:

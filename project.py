@@ -416,7 +416,7 @@ def project(
             counts = {name: record["facts"][name] for name in ("trajectories", "rewards", "truncated", "live")}
             rollout.save(path, tensors, made_from, rollout.facts(seconds, **counts))
         sketcher.close()
-    rollout.barrier()
+    rollout.gather()
 
 
 if __name__ == "__main__":

@@ -40,6 +40,7 @@ from __future__ import annotations  # the types of the options stand at the end 
 import ast
 import atexit
 import functools
+import gc
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -60,7 +61,7 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import numpy as np
 import torch
@@ -68,9 +69,9 @@ import torch.distributed as dist
 import transformers
 import typer
 from jinja2 import TemplateError
-from pebble import ProcessPool
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save_file
+from safetensors.torch import load_file as load_tensors
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from torch.nn.utils.rnn import pad_sequence
@@ -79,6 +80,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 from transformers.utils.logging import disable_progress_bar
+
+if TYPE_CHECKING:
+    from pebble import ProcessPool  # and imported where it is needed: `exact` can do without
 
 disable_progress_bar()  # transformers' own bars, one per file read or written
 logging.getLogger("huggingface_hub").setLevel("ERROR")  # it announces every retry
@@ -259,7 +263,7 @@ def rollout(
     missing = unmade(out, shard_recipes(recipe, len(rows), shard))
     if missing:
         make_shards(missing, rows, o)
-    barrier()
+    gather()
     if missing and RANK == 0:
         sums = totals(out)
         mean, cut = (sums[name] / sums["trajectories"] for name in ("rewards", "truncated"))
@@ -742,9 +746,12 @@ def _verdict(reward: str, row: dict, text: str) -> list[float]:
 @functools.cache
 def workers() -> ProcessPool:
     """Processes that compute verdicts, started once and kept; one that is stuck is killed and replaced."""
+    from pebble import ProcessPool
+
     context = multiprocessing.get_context("forkserver")  # a plain fork would copy CUDA's state and threads' locks
     context.set_forkserver_preload(["__main__", "rollout", "math_verify"])  # imports once what every worker needs
-    pool = ProcessPool(min(8, os.cpu_count() or 1), context=context, initializer=_start_worker)
+    share = (os.cpu_count() or 1) // HERE  # of this machine's cores
+    pool = ProcessPool(max(1, min(8, share)), context=context, initializer=_start_worker)
     atexit.register(lambda: (pool.stop(), pool.join()))
     return pool
 
@@ -920,6 +927,8 @@ class VllmEngine:
             sizes = CPUAttentionBackend.get_supported_head_sizes()
             require(head in sizes, f"{folder}: attention heads of {head}; vLLM on a CPU has {sizes}; use --engine hf")
         if self.sleeps:
+            alone = WORLD == 1 or torch.cuda.device_count() == 1  # vLLM takes the first device that it sees
+            require(alone, "vLLM in many processes: each must see its own GPU alone; torchrun --virtual-local-rank")
             torch.cuda.empty_cache()  # vLLM asks for free memory at the start; torch keeps what it has used
         self.llm = LLM(
             model=str(folder),
@@ -930,6 +939,8 @@ class VllmEngine:
             enforce_eager=not self.sleeps,  # no CUDA graphs to capture
             seed=seed,
         )
+        files = map(load_tensors, folder.glob("*.safetensors"))
+        self.exact = set().union(*(self.same(tensors.items()) for tensors in files))  # to compare after a sync
         self.wake(False)
 
     def wake(self, awake: bool) -> None:
@@ -947,13 +958,28 @@ class VllmEngine:
         self.llm.reset_prefix_cache()  # keys and values of the weights before
 
     def sync(self, policy: PreTrainedModel) -> None:
-        """Take over the policy's weights, through a checkpoint folder, in shared memory where there is room."""
-        weights = {name: value.to(self.dtype) for name, value in policy.named_parameters()}  # tied ones once
-        size, memory = sum(value.nbytes for value in weights.values()), Path("/dev/shm")
+        """Take over the policy's weights, through a checkpoint folder, in shared memory where there is room. The first
+        process of each machine writes it; all must call at once."""
+        size, memory = policy.num_parameters() * self.dtype.itemsize, Path("/dev/shm")
         fits = memory.is_dir() and shutil.disk_usage(memory).free > 1.1 * size  # in a container it may be 64 MB
         with tempfile.TemporaryDirectory(dir=memory if fits else None) as folder:
-            policy.save_pretrained(folder, state_dict=weights)
-            self.load(Path(folder))
+            if RANK % HERE == 0:
+                # Tied ones once. A copy, since FSDP cannot free what numpy or safetensors have seen.
+                weights = {name: w.to("cpu", self.dtype, copy=True) for name, w in policy.named_parameters()}
+                policy.save_pretrained(folder, state_dict=weights)
+            self.load(Path(gather(folder)[RANK - RANK % HERE]))
+            gather()
+        if not self.proven:
+            stale = self.exact - self.same(policy.named_parameters())
+            require(not stale, f"vLLM does not have the policy's weights: {len(stale)} tensors differ; use --engine hf")
+            self.proven = True
+
+    def same(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
+        """Names of those weights that the engine has to the bit. Some it joins or pads, on a CPU it repacks some."""
+        (sums,) = self.llm.collective_rpc("compute_weight_checksums")
+        sums = {name.rpartition(":")[2]: value for name, value in sums.items()}  # SHA-256
+        rounded = ((name, w.detach().to("cpu", self.dtype, copy=True)) for name, w in weights if name in sums)
+        return {n for n, w in rounded if sums[n] == hashlib.sha256(w.flatten().view(torch.uint8).numpy()).hexdigest()}
 
     def generate(
         self, prompts: Sequence, prompt_index: Sequence[int], *, samples: int, max_tokens: int, temperature: float, **_
@@ -1037,6 +1063,7 @@ def open_engine(
         head = getattr(shape, "head_dim", None) or shape.hidden_size // shape.num_attention_heads
         _vllm[kind] = VllmEngine(o.model, head, dtype, o.gpu_memory, o.seed)
         atexit.register(close_engine)  # only now: it must run before multiprocessing waits for vLLM's process to end
+    _vllm[kind].proven = False  # the first sync of a stage is checked to the bit: for 1.5B weights that takes seconds
     return _vllm[kind]
 
 
@@ -1101,7 +1128,11 @@ def command_line(app: typer.Typer) -> None:
         message, code = f"error: {error.format_message()}", 2
     except BadInput as error:
         message, code = f"error: {error}", 2
-    print(*message.split(), file=sys.stderr)  # one line, whatever a library has said
+    message = " ".join(message.split())  # one line, whatever a library has said
+    if told := os.environ.get("TORCHELASTIC_ERROR_FILE"):  # the launcher prints what the first process to fail has said
+        Path(told).write_text(json.dumps({"message": message, "timestamp": int(time.time())}))
+    else:
+        print(message, file=sys.stderr)
     sys.exit(code)
 
 
@@ -1117,18 +1148,24 @@ Engine, Dtype = Literal["auto", "hf", "vllm"], Literal["auto", "float32", "bfloa
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Processes, started by torchrun. Rank r of w makes the shards r, r+w, ... One process is rank 0 of 1.
+# Processes, started by torchrun or by cropi.py. Rank r of w makes the shards r, r+w, ..., and takes the prompts r, r+w,
+# ... of a training step. One process is rank 0 of 1. One that ends badly ends all: its launcher stops the others.
 
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+HERE = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # processes on this machine; their ranks are next to each other
 
 
-def barrier() -> None:
-    """Wait until all processes are here."""
+def gather(value: object = None) -> list:
+    """What each process gives, in order of rank. All wait here for the last of them."""
+    values = [value] * WORLD
     if WORLD > 1:
         if not dist.is_initialized():
-            dist.init_process_group("gloo", timeout=timedelta(days=30))  # a stage of training may take that long
-            atexit.register(dist.destroy_process_group)
-        dist.barrier()
+            backend = "cpu:gloo,cuda:nccl" if device().type == "cuda" else "gloo"
+            dist.init_process_group(backend, timeout=timedelta(days=30))  # sampling a big shard may take long
+            # What FSDP leaves goes first: else one exit in three aborts.
+            atexit.register(lambda: (gc.collect(), dist.destroy_process_group()))
+        dist.all_gather_object(values, value)
+    return values
 
 
 def say(text: str) -> None:
@@ -1154,7 +1191,7 @@ def progress(items: Iterable, label: str, unit: str, initial: int = 0, total: in
 
 FORMAT = "cropi/6"  # raised whenever a formula's result changes
 # Results do not depend on these.
-FREE = {"out", "deterministic", "batch_tokens", "gpu_memory", "max_errors", "save_every", "shard"}
+FREE = {"out", "deterministic", "batch_tokens", "gpu_memory", "max_errors", "save_every", "shard", "shard_weights"}
 
 
 def digest(*parts: str | bytes) -> str:

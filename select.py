@@ -473,7 +473,7 @@ def select(
         choose(o, recipe, known)
     if RANK == 0:
         write_csv(out, rows)
-    rollout.barrier()
+    rollout.gather()
 
 
 def identities(folder: Path, kind: str) -> tuple[list[str], dict]:

@@ -6,9 +6,9 @@ Reads   a model folder, the data, the selection and (from the second stage on) t
 Writes  into the folder --out:
 
     model/                   a Hugging Face checkpoint; cropi.json in it holds, among the facts, a line per step
-    optimizer.safetensors    AdamW's moments, NAME.exp_avg and NAME.exp_avg_sq for every parameter NAME
+    optimizer/               shards with AdamW's moments, NAME.exp_avg and NAME.exp_avg_sq for every parameter NAME
     metrics.jsonl            the lines once more, for other tools
-    checkpoint.safetensors   every --save-every seconds, until the model is there: weights, moments, lines so far
+    checkpoint/STEPS/        every --save-every seconds, until the model is there: weights, moments, lines so far
 
 A step samples K completions for a batch of P prompts and ascends
 
@@ -44,26 +44,30 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import shutil
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Annotated
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import typer
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.checkpoint import checkpoint
-from tqdm import tqdm
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 import rollout
-from rollout import TOY, Array, BadInput, Count, Natural, Positive, Trajectories, Weight, require
+from rollout import RANK, TOY, WORLD, Array, BadInput, Count, Natural, Positive, Trajectories, Weight, require
 
 CODE = rollout.CODE | {"train": rollout.code_digest(__file__)}
 app = typer.Typer(**rollout.PLAIN)
@@ -257,46 +261,134 @@ LOGITS = 1 << 26  # so many at a time
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Many processes: each computes its share of a step's prompts. It holds all weights, or a share of each of them (FSDP2).
+
+
+class LogProbs(torch.nn.Module):
+    """`completion_logps` of a model as a module, since FSDP gathers weights for as long as a module is called."""
+
+    def __init__(self, model: PreTrainedModel):
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch: Batch, temperature: float, with_entropy: bool = False) -> tuple[Tensor, Tensor]:
+        return completion_logps(self.model, batch, temperature, with_entropy)
+
+    def start(self) -> None:
+        """FSDP finds the layers of a root when it is called for the first time; sampling calls the layers alone."""
+
+
+def shard_weights(model: PreTrainedModel, precision: torch.dtype) -> LogProbs:
+    """Cut each parameter into w shares, one for each process. A layer is put together while it computes, in
+    `precision`, and its gradient is summed over the processes, in float32.
+
+    No autocast may surround such a model: from the second micro-batch on its gradients would be wrong.
+    """
+    root, rounded = LogProbs(model), precision == torch.bfloat16
+    policy = MixedPrecisionPolicy(precision, reduce_dtype=torch.float32) if rounded else MixedPrecisionPolicy()
+    for module in [*(m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)), root]:
+        fully_shard(module, mp_policy=policy)
+        module.set_gradient_divide_factor(1.0)  # the sum of all processes, not the mean ...
+        module.set_force_sum_reduction_for_comms(True)  # ... whatever the backend
+    register_fsdp_forward_method(root, "start")
+    root.start()
+    root.reshard()
+    return root
+
+
+def make_gradients(root: LogProbs) -> None:
+    """Gradients of 0, so that AdamW has a state even if no group is ever live. Those of whole weights lie side by side,
+    to be summed over the processes in one call: on the toy, one for each tensor made updates 1.6 times as long."""
+    parameters = list(root.parameters())
+    if isinstance(root, FSDPModule):
+        parts = map(torch.zeros_like, parameters)
+    else:
+        root.gradient = torch.cat([torch.zeros_like(parameter).flatten() for parameter in parameters])
+        parts = root.gradient.split([parameter.numel() for parameter in parameters])
+    for parameter, part in zip(parameters, parts, strict=True):
+        parameter.grad = part.view_as(parameter)
+
+
+@contextmanager
+def gathered(root: LogProbs) -> Iterator[None]:
+    """While the block runs every process has all weights, so that it can sample without the others."""
+    layers = [module for module in root.modules() if isinstance(module, FSDPModule)]
+    for layer in layers:
+        layer.set_reshard_after_forward(False, recurse=False)
+        layer.unshard()
+    yield
+    for layer in layers:
+        layer.set_reshard_after_forward(layer is not root, recurse=False)
+        layer.reshard()
+
+
+def owned(tensors: dict[str, Tensor], owner: Callable[[int], int]) -> dict[str, Array]:
+    """Those of the tensors that this process owns, whole and in the host's memory; tensor i is that of `owner(i)`. All
+    processes must ask at once."""
+    ours = {}
+    for i, (name, values) in enumerate(tensors.items()):
+        values = values.full_tensor() if isinstance(values, DTensor) else values
+        if owner(i) == RANK:
+            ours[name] = values.detach().cpu().numpy()
+    return ours
+
+
+def too_large(model: PreTrainedModel, o: SimpleNamespace) -> bool:
+    """Should the weights be sharded? `auto`: if weights, gradients and moments, all float32, and the initial policy
+    would take more than 0.6 of the device's memory. The rest is for activations and sampling."""
+    if o.shard_weights == "auto" and rollout.device().type == "cuda":
+        need = (16 + 4 * (o.kl > 0)) * model.num_parameters() / 1e9
+        memory = torch.cuda.get_device_properties(rollout.device()).total_memory / 1e9
+        rollout.say(f"weights, gradients, moments: {need:.1f} GB a process, of {memory:.0f}; sharded above 0.6 of that")
+        return WORLD > 1 and need > 0.6 * memory
+    return WORLD > 1 and o.shard_weights == "full"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # One step
 
 
 def grpo_step(
-    model: PreTrainedModel,
-    initial: PreTrainedModel | None,
+    policy: LogProbs,
+    initial: LogProbs | None,
     trajectories: Trajectories,
     *,
+    prompts: int,
     temperature: float,
     clip: float,
     kl: float,
     entropy: float,
     batch_tokens: int,
-) -> dict[str, float]:
+) -> Counter:
     """Add the gradient of -J (6) to the parameters' `.grad`, micro-batch by micro-batch.
 
-    Returns J, and means over the tokens of live groups: the KL, the entropy, the share of ratios outside 1 ± ε.
+    Returns J, and sums over the tokens of live groups: the KL, the entropy, ratios outside 1 ± ε, and their number.
 
     Every sequence weighs 1/(PK) whichever micro-batch it is in, so their size changes nothing beyond rounding.
+
+    Args:
+        trajectories: those of this process.
+        prompts: P, those of all processes.
     """
-    sums = dict.fromkeys(["objective", "kl", "entropy", "outside_clip", "tokens"], 0.0)
-    for pieces in micro_batches(trajectories, trajectories.live(), batch_tokens):
-        batch = collate(trajectories, pieces, model.device)
-        logps, token_entropy = completion_logps(model, batch, temperature, with_entropy=True)
+    batches, sums = [(1, p) for p in micro_batches(trajectories, trajectories.live(), batch_tokens)], Counter()
+    if isinstance(policy, FSDPModule):  # all must call the layers equally often: a trajectory with weight 0 fills up
+        batches += [(0, [(0, [0])])] * (max(rollout.gather(len(batches))) - len(batches))
+    for counts, pieces in batches:
+        batch = collate(trajectories, pieces, rollout.device())
+        logps, token_entropy = policy(batch, temperature, with_entropy=True)
         value = policy_objective(logps, batch.behavior_logps, batch.advantages, clip) + entropy * token_entropy
+        token_kl = torch.zeros_like(logps)
         if initial is not None:
             with torch.no_grad():
-                initial_logps, _ = completion_logps(initial, batch, temperature)
+                initial_logps, _ = initial(batch, temperature)
             token_kl = k3_kl(logps, initial_logps)
-            value = value - kl * token_kl
-            sums["kl"] += token_kl.detach().sum().item()
-        objective = (batch.weight * value).sum() / len(trajectories.rewards)
+        objective = counts * (batch.weight * (value - kl * token_kl)).sum() / prompts
         (-objective).backward()
         outside = ((logps - batch.behavior_logps).exp() - 1).abs() > clip
-        sums["objective"] += objective.item()
-        sums["entropy"] += token_entropy.detach().sum().item()
-        sums["outside_clip"] += outside.sum().item()
-        sums["tokens"] += len(logps)
-    tokens = max(sums["tokens"], 1)
-    return {name: sums[name] / tokens for name in ("kl", "entropy", "outside_clip")} | {"objective": sums["objective"]}
+        means = {"kl": token_kl, "entropy": token_entropy, "outside_clip": outside}
+        sums.update({name: counts * values.detach().sum().item() for name, values in means.items()})
+        sums.update(objective=objective.item(), live_tokens=counts * len(logps))
+    return sums
 
 
 def warn_of_collapse(log: list[dict], patience: int = 10) -> None:
@@ -304,9 +396,9 @@ def warn_of_collapse(log: list[dict], patience: int = 10) -> None:
     step = f"step {log[-1]['step']}"
     dead = next((n for n, line in enumerate(reversed(log)) if line["live_prompts"]), len(log))  # steps in a row
     if dead == patience:
-        tqdm.write(f"{step}: no live prompt for {patience} steps; there is nothing to learn from these prompts")
+        rollout.say(f"{step}: no live prompt for {patience} steps; there is nothing to learn from these prompts")
     if [line for line in log if line["live_prompts"] and line["entropy"] < LOW_ENTROPY] == log[-1:]:  # the first one
-        tqdm.write(f"{step}: entropy below {LOW_ENTROPY:g} nats per token; the policy has all but collapsed")
+        rollout.say(f"{step}: entropy below {LOW_ENTROPY:g} nats per token; the policy has all but collapsed")
 
 
 LOW_ENTROPY = 1e-3
@@ -318,131 +410,207 @@ LOW_ENTROPY = 1e-3
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-def state_of(policy: PreTrainedModel, adamw: torch.optim.AdamW) -> dict[str, Array]:
-    """Weights as NAME, AdamW's moments as NAME.exp_avg and NAME.exp_avg_sq."""
-    tensors = dict(policy.named_parameters())
-    tensors |= {f"{name}.{m}": adamw.state[parameter][m] for name, parameter in tensors.items() for m in MOMENTS}
-    return {name: values.detach().cpu().numpy() for name, values in tensors.items()}
+def save_state(folder: Path, tensors: dict[str, Tensor], recipe: dict, facts: dict) -> None:
+    """A folder with a shard from each process: tensor i is that of process i % w, which alone holds it meanwhile."""
+    ours, path = owned(tensors, lambda i: i % WORLD), folder / f"{RANK:05d}.safetensors"
+    if RANK == 0:
+        remove(folder)  # what a killed try has left
+    rollout.gather()
+    rollout.save(path, ours, recipe | {"shard": {"number": RANK, "of": WORLD}}, facts)
+    rollout.gather()  # now it is whole
+
+
+def moments_of(policy: PreTrainedModel, adamw: torch.optim.AdamW) -> dict[str, Tensor]:
+    """AdamW's moments as NAME.exp_avg and NAME.exp_avg_sq."""
+    return {f"{name}.{m}": adamw.state[parameter][m] for name, parameter in policy.named_parameters() for m in MOMENTS}
 
 
 @torch.no_grad()
-def restore(policy: PreTrainedModel, adamw: torch.optim.AdamW, tensors: dict[str, Array], steps: int) -> None:
-    """Take over a state of AdamW after so many steps, and the weights if they are among the tensors."""
-    tensors = {name: torch.from_numpy(values).to(policy.device) for name, values in tensors.items()}
-    for name, parameter in policy.named_parameters():
-        parameter.copy_(tensors.get(name, parameter))
-        adamw.state[parameter] = {m: tensors[f"{name}.{m}"] for m in MOMENTS}
-        adamw.state[parameter]["step"] = torch.tensor(float(steps), device=policy.device)  # as a fused AdamW wants it
+def restore(policy: PreTrainedModel, adamw: torch.optim.AdamW, folder: Path, kind: str) -> dict:
+    """Take over a state of AdamW, and the weights if they are among the tensors; returns its facts. Any number of
+    processes may have written it."""
+    parameters, records = dict(policy.named_parameters()), rollout.shards(folder, kind)
+    for path in records:
+        for name, values in rollout.load(path, kind)[0].items():
+            owner, _, moment = name.rpartition(".")
+            parameter = parameters[owner if moment in MOMENTS else name]
+            values = torch.from_numpy(values).to(parameter.device)
+            if isinstance(parameter, DTensor):  # each process takes its share, without a word to the others
+                values = distribute_tensor(values, parameter.device_mesh, parameter.placements, src_data_rank=None)
+            if moment in MOMENTS:
+                adamw.state[parameter][moment] = values
+            else:
+                parameter.copy_(values)
+    facts = next(iter(records.values()))["facts"]
+    for parameter in parameters.values():  # the count of steps as a fused AdamW wants it
+        adamw.state[parameter]["step"] = torch.tensor(float(facts["adam_steps"]), device=parameter.device)
+    return facts
+
+
+def load_policies(o: SimpleNamespace) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, LogProbs, LogProbs | None]:
+    """The policy, its tokenizer, and what computes the log-probs of the policy and of the initial one."""
+    policy, tokenizer = rollout.load_model(o.model)  # float32: steps of 1e-6 would vanish in bfloat16
+    cut = functools.partial(shard_weights, precision=rollout.pick_dtype(o.dtype)) if too_large(policy, o) else LogProbs
+    # The initial policy is float32, too: rounding to bfloat16 moves log-probs by more than training does at first.
+    root, initial = cut(policy), cut(rollout.load_model(o.initial_model)[0].requires_grad_(False)) if o.kl else None
+    return policy, tokenizer, root, initial
 
 
 def run_stage(out: Path, recipe: dict, o: SimpleNamespace, rows: rollout.Prompts, chosen: Array) -> None:
     """Train on the chosen prompts (N,), from the checkpoint if there is one, and write the model and its optimizer.
     `o` holds the options of `train`."""
-    clock = time.perf_counter()
-    policy, tokenizer = rollout.load_model(o.model)  # float32: steps of 1e-6 would vanish in bfloat16
+    clock, _ = time.perf_counter(), rollout.gather()  # with the other processes
+    policy, tokenizer, root, initial = load_policies(o)
     encoded = rollout.encode_prompts(tokenizer, [rows[i] for i in chosen], o.system, o.chat, o.data)
     kept = rollout.fitting_prompts(str(o.selection), encoded, policy, o.max_tokens, o.max_prompt_tokens)
     prompt_ids = {int(chosen[i]): encoded[i] for i in kept}
-    # float32 as well: rounding to bfloat16 moves log-probs by more than training does at first
-    initial = rollout.load_model(o.initial_model)[0].requires_grad_(False) if o.kl else None
+    prompts = min(o.batch_prompts, len(prompt_ids))  # P
+    require(prompts >= WORLD, f"{prompts} prompts a step for {WORLD} processes; start {max(1, prompts)} or fewer")
     if len(kept) < o.batch_prompts / 4:
-        tqdm.write(f"warning: {len(kept)} prompts are chosen, and a batch has room for {o.batch_prompts}")
+        rollout.say(f"warning: {len(kept)} prompts are chosen, and a batch has room for {o.batch_prompts}")
     adamw = torch.optim.AdamW(policy.parameters(), lr=o.lr, weight_decay=0.0, fused=True)
     random, facts = np.random.default_rng(o.seed), {"adam_steps": 0, "log": [], "seconds": 0.0}
-    checkpoint, unfinished = out / "checkpoint.safetensors", recipe | {"kind": "checkpoint"}
-    if rollout.is_made(checkpoint, unfinished):
-        tensors, record = rollout.load(checkpoint, "checkpoint")
-        facts = record["facts"]
+    unfinished = recipe | {"kind": "checkpoint"}
+    if begun := last_checkpoint(out / "checkpoint", unfinished):
+        facts = restore(policy, adamw, begun, "checkpoint")
         random.bit_generator.state = facts["random"]
-        tqdm.write(f"{checkpoint}: resuming after step {len(facts['log'])} of {o.steps}")
-        restore(policy, adamw, tensors, facts["adam_steps"])
+        rollout.say(f"{begun}: resuming after step {len(facts['log'])} of {o.steps}")
     elif o.optimizer:
-        tensors, record = rollout.load(o.optimizer, "optimizer")
-        facts["adam_steps"] = record["facts"]["adam_steps"]
-        restore(policy, adamw, tensors, facts["adam_steps"])
-    for parameter in policy.parameters():
-        parameter.grad = torch.zeros_like(parameter)  # so that AdamW has a state even if no group is ever live
+        facts["adam_steps"] = restore(policy, adamw, o.optimizer, "optimizer")["adam_steps"]
+    make_gradients(root)
     engine = rollout.open_engine(o, policy, tokenizer)
     if o.gradient_checkpointing:
         policy.gradient_checkpointing_enable({"use_reentrant": False})
     log, saved, allowed = facts["log"], time.monotonic(), max(1, o.max_errors * o.samples * o.batch_prompts)
     bar = rollout.progress(range(len(log), o.steps), "train", "step", len(log))
     for step in bar:
-        picked = random.choice(list(prompt_ids), min(o.batch_prompts, len(prompt_ids)), replace=False)
-        if step:  # of a resumed stage, the first one too
-            engine.sync(policy)
+        picked = random.choice(list(prompt_ids), prompts, replace=False)[RANK::WORLD]
         with named(f"step {step}"):
             start, seed = time.perf_counter(), [o.seed, step]
-            with autocast(policy, o.dtype):
+            with gathered(root), autocast(root, o.dtype):
+                if step:  # of a resumed stage, the first one too
+                    engine.sync(policy)
                 trajectories = rollout.sample_trajectories(
                     engine, tokenizer, rows, prompt_ids, picked, o, seed, policy=policy, allowed=allowed
                 )
-            log.append({"step": step} | update(policy, initial, adamw, trajectories, o))
-        log[-1]["seconds_rollout"] = time.perf_counter() - start - log[-1]["seconds_update"]
+            sampled = time.perf_counter() - start
+            counts = update(root, initial, adamw, trajectories, o, prompts)
+        counts |= {"seconds_rollout": sampled, "save": time.monotonic() - saved >= o.save_every}
+        each = rollout.gather(counts)
+        log.append({"step": step, "prompts": prompts} | metrics(each))
         bar.set_postfix(reward=f"{log[-1]['reward']:.2f}")
         warn_of_collapse(log)
         facts["adam_steps"] += o.iterations
         facts["seconds"], clock = facts["seconds"] + time.perf_counter() - clock, time.perf_counter()
-        if step + 1 < o.steps and time.monotonic() - saved >= o.save_every:
-            state = facts | {"random": random.bit_generator.state}
-            rollout.save(checkpoint, state_of(policy, adamw), unfinished, state)
+        if step + 1 < o.steps and each[0]["save"]:
+            state = dict(policy.named_parameters()) | moments_of(policy, adamw)
+            about = facts | {"random": random.bit_generator.state}
+            save_state(out / f"checkpoint/{len(log):05d}", state, unfinished, about)
             saved = time.monotonic()  # from the end of the save: a slow disk must not take all the time
-    with rollout.new_file(out / "model") as temporary:  # comes last: once it is there, the stage is trained
-        policy.save_pretrained(temporary)
-        tokenizer.save_pretrained(temporary)
-        about = rollout.facts(facts["seconds"], log=log, ancestors=lineage(o.model), model=str(o.model), data=o.data)
-        about = {"model": write_record(temporary, recipe, about), "adam_steps": facts["adam_steps"]}
-        moments = {name: values for name, values in state_of(policy, adamw).items() if name.endswith(MOMENTS)}
-        rollout.save(out / "optimizer.safetensors", moments, recipe | {"kind": "optimizer"}, about)
-    tqdm.write(
-        f"{out}/model: {o.steps} steps on {len(kept)} prompts, reward {log[0]['reward']:.3f} -> {log[-1]['reward']:.3f}"
-    )
+            for old in sorted((out / "checkpoint").iterdir())[:-1] if RANK == 0 else ():
+                remove(old)
+    save_stage(out, recipe, o, policy, tokenizer, adamw, facts)
+    rewards = [log[step]["reward"] for step in (0, -1)]
+    rollout.say(f"{out}/model: {o.steps} steps on {len(kept)} prompts, reward {rewards[0]:.3f} -> {rewards[1]:.3f}")
 
 
-def autocast(policy: PreTrainedModel, dtype: str) -> torch.autocast:
+def save_stage(
+    out: Path,
+    recipe: dict,
+    o: SimpleNamespace,
+    policy: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    adamw: torch.optim.AdamW,
+    facts: dict,
+) -> None:
+    """The model, by process 0, and the optimizer state. The model comes last: then the stage is trained."""
+    weights, identity = owned(dict(policy.named_parameters()), lambda i: 0), None
+    with rollout.new_file(out / "model") if RANK == 0 else nullcontext() as temporary:
+        if RANK == 0:
+            policy.save_pretrained(temporary, state_dict={name: torch.from_numpy(x) for name, x in weights.items()})
+            tokenizer.save_pretrained(temporary)
+            about = {"log": facts["log"], "ancestors": lineage(o.model), "model": str(o.model), "data": o.data}
+            identity = write_record(temporary, recipe, rollout.facts(facts["seconds"], **about))
+        about = {"model": rollout.gather(identity)[0], "adam_steps": facts["adam_steps"]}
+        save_state(out / "optimizer", moments_of(policy, adamw), recipe | {"kind": "optimizer"}, about)
+
+
+def last_checkpoint(folder: Path, recipe: dict) -> Path | None:
+    """The newest checkpoint of a stage in which no shard is missing. Any number of processes may have written it.
+
+    Raises:
+        BadInput: it is one of another stage, or damaged.
+    """
+    for saved in sorted(folder.glob("[0-9]*"), reverse=True):
+        paths = sorted(saved.glob("[0-9]*.safetensors"))
+        shard = rollout.peek(paths[0])["recipe"]["shard"] if paths else {"of": 1}
+        if len(paths) == shard["of"]:
+            rollout.is_made(paths[0], recipe | {"shard": shard})
+            return saved
+    return None
+
+
+def autocast(root: LogProbs, dtype: str) -> torch.autocast:
     """Entered anew for every use: it keeps its bfloat16 copies of the weights until it is left, so one from sampling
-    would carry no gradient, and one from before an update would be stale."""
+    would carry no gradient, and one from before an update would be stale. Sharded weights need none."""
     precision = rollout.pick_dtype(dtype)
-    return torch.autocast(policy.device.type, precision, enabled=precision != torch.float32)
+    off = precision == torch.float32 or isinstance(root, FSDPModule)
+    return torch.autocast(rollout.device().type, precision, enabled=not off)
 
 
 def update(
-    policy: PreTrainedModel,
-    initial: PreTrainedModel | None,
+    root: LogProbs,
+    initial: LogProbs | None,
     adamw: torch.optim.AdamW,
     trajectories: Trajectories,
     o: SimpleNamespace,
-) -> dict:
-    """Ascend J on a step's trajectories; returns its metrics.
+    prompts: int,
+) -> dict[str, float]:
+    """Ascend J on a step's trajectories, of which each process has some; returns what this one counted.
 
     Raises:
         BadInput: NaN or infinity in the gradient.
     """
-    clock = time.perf_counter()
+    clock, busy = time.perf_counter(), 0.0
     options = {name: getattr(o, name) for name in ("temperature", "clip", "kl", "entropy", "batch_tokens")}
     for _ in range(o.iterations):
         adamw.zero_grad(set_to_none=False)
-        layers = [module for module in policy.modules() if isinstance(module, GradientCheckpointingLayer)]
+        layers = [module for module in root.modules() if isinstance(module, GradientCheckpointingLayer)]
         for layer in layers:  # it asks for this flag, which those inside would take for dropout
             layer.training = o.gradient_checkpointing
-        with autocast(policy, o.dtype):
-            measured = grpo_step(policy, initial, trajectories, **options)
+        start = time.perf_counter()
+        with autocast(root, o.dtype):
+            sums = grpo_step(root, initial, trajectories, prompts=prompts, **options)
+        busy += time.perf_counter() - start
         for layer in layers:
             layer.training = False
-        norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), o.max_grad_norm).item()
+        if WORLD > 1 and not isinstance(root, FSDPModule):
+            dist.all_reduce(root.gradient)  # the sum
+        norm = torch.nn.utils.clip_grad_norm_(root.parameters(), o.max_grad_norm).item()
         require(np.isfinite(norm), f"gradient is not finite at prompts {sorted(trajectories.prompt_index.tolist())}")
         adamw.step()
+    seconds = {"seconds_update": time.perf_counter() - clock, "seconds_busy": busy}
+    return trajectories.counts() | sums | {"grad_norm": norm} | seconds
+
+
+def metrics(each: list[dict[str, float]]) -> dict[str, float]:
+    """A line of the log, from what each process counted in a step."""
+    sums = Counter()
+    for counts in each:
+        sums.update(counts)
+    tokens, busy = max(sums["live_tokens"], 1), [counts["seconds_rollout"] + counts["seconds_busy"] for counts in each]
     return {
-        "reward": float(trajectories.rewards.mean()),
-        "live_prompts": len(trajectories.live()),
-        "prompts": len(trajectories.rewards),
-        "trajectories": trajectories.rewards.size,
-        "truncated": float(trajectories.truncated.mean()),
-        "completion_tokens": len(trajectories.tokens),
-        **{f"reward_{name}": count for name, count in trajectories.failed.items()},
-        **measured,
-        "grad_norm": norm,
-        "seconds_update": time.perf_counter() - clock,
+        "reward": sums["rewards"] / sums["trajectories"],
+        "live_prompts": sums["live"],
+        "trajectories": sums["trajectories"],
+        "truncated": sums["truncated"] / sums["trajectories"],
+        "completion_tokens": sums["tokens"],
+        "reward_errors": sums["errors"],
+        "reward_timeouts": sums["timeouts"],
+        **{name: sums[name] / tokens for name in ("kl", "entropy", "outside_clip")},
+        "objective": sums["objective"],
+        **{name: each[0][name] for name in ("grad_norm", "seconds_rollout", "seconds_update")},
+        "imbalance": max(busy) / (sum(busy) / len(each)),
     }
 
 
@@ -475,10 +643,13 @@ def write_record(folder: Path, recipe: dict, facts: dict) -> str:
     return identity
 
 
-def remove(path: Path) -> None:
-    """A file, with whatever a killed try to write it left behind."""
-    path.unlink(missing_ok=True)
-    shutil.rmtree(path.with_name(f".{path.name}.part"), ignore_errors=True)
+def remove(folder: Path) -> None:
+    """A folder, with whatever a killed try to write it left behind. It is never there in part."""
+    part = folder.with_name(f".{folder.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    with suppress(FileNotFoundError):
+        os.replace(folder, part)
+    shutil.rmtree(part, ignore_errors=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -521,16 +692,17 @@ def train(
     gradient_checkpointing: bool = False,
     batch_tokens: Count = 16384,
     save_every: Weight = 300.0,
+    shard_weights: Literal["auto", "none", "full"] = "auto",
     seed: Natural = 0,
 ) -> None:
     """Options that rollout.py has as well are documented there.
 
     Args:
         selection: Selection file that select.py wrote.
-        out: Folder for model/, optimizer.safetensors and metrics.jsonl.
+        out: Folder for model/, optimizer/ and metrics.jsonl.
         model: Model folder to start from.
         initial_model: Initial policy, for KL.  [default: --model]
-        optimizer: Optimizer state to start from.  [default: fresh]
+        optimizer: Folder of the optimizer state to start from.  [default: fresh]
         steps: Training steps, each with a batch of rollouts of its own.
         batch_prompts: P, prompts per step.
         iterations: Updates per batch of rollouts (GRPO's mu).
@@ -541,6 +713,7 @@ def train(
         entropy: Weight of the entropy bonus.
         gradient_checkpointing: Compute activations twice instead of keeping them.
         save_every: Save a checkpoint every N seconds.
+        shard_weights: Does a process hold all weights, gradients, moments, or a share? auto: all if they fit.
     """
     o = SimpleNamespace(**locals())
     rows = rollout.load_prompts(data, limit, prompt_column, answer_column, skip_bad_rows)
@@ -557,18 +730,20 @@ def train(
     inputs["initial_model"] = rollout.model_identity(o.initial_model)
     inputs["optimizer"] = inputs["model"] if optimizer else None  # the state that belongs to the model
     recipe = rollout.make_recipe("model", CODE, vars(o), **inputs)
-    if rollout.RANK == 0:  # trains, the others wait. Where training is shared out, it begins here.
-        if not rollout.is_made(out / "model", recipe):
-            ways = "cropi.py deletes older states (--keep-states): remove the models of all stages before this one, too"
-            require(not optimizer or optimizer.exists(), f"{optimizer}: no such file; {ways}")
-            fits = not optimizer or rollout.peek(optimizer)["facts"].get("model") == inputs["model"]
-            require(fits, f"{optimizer} is the optimizer state of another model than {model}")
-            run_stage(out, recipe, o, rows, tensors["ranked"])
-        remove(out / "checkpoint.safetensors")
+    if not rollout.is_made(out / "model", recipe):
+        ways = "cropi.py deletes older states (--keep-states): remove the models of all stages before this one, too"
+        require(not optimizer or optimizer.exists(), f"{optimizer}: no such folder; {ways}")
+        states = rollout.shards(optimizer, "optimizer").values() if optimizer else ()
+        fits = all(state["facts"]["model"] == inputs["model"] for state in states)
+        require(fits, f"{optimizer} is the optimizer state of another model than {model}")
+        run_stage(out, recipe, o, rows, tensors["ranked"])
+    rollout.gather()
+    if RANK == 0:
+        remove(out / "checkpoint")
         with rollout.new_file(out / "metrics.jsonl") as temporary:
             lines = rollout.peek(out / "model")["facts"]["log"]
             temporary.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    rollout.barrier()
+    rollout.gather()
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Kill a run again and again: what it ends with is, to the byte, what an undisturbed run ends with.
 
     python bench/kill.py --kills 100
+    python bench/kill.py --processes 2 --kills 20   # weights on all processes, then sharded
 
 Runs of two small stages are killed (SIGKILL), five times each, at moments drawn uniformly over the time that an
 undisturbed run works, and started again until they end. That time is measured anew before each run, as other work may
@@ -11,6 +12,9 @@ that has imported everything.
 At the end the tensors, the models' files and all identities must be those of the run that nobody killed, nothing that
 a killed try left may be there, and all files must be readable as the umask says. Prints what was being made when the
 kills came: `.NAME.part` is there from before a file's first byte until after it has got its name.
+
+With `--processes N`, one process of each run is killed, at a moment drawn over the time of an undisturbed run, and
+`--max-restarts` does the rest.
 """
 
 import argparse
@@ -18,7 +22,9 @@ import multiprocessing
 import os
 import random
 import re
+import signal
 import stat
+import subprocess
 import sys
 import tempfile
 import time
@@ -187,11 +193,67 @@ def survive(kills: int, seed: int) -> tuple[Counter, Counter]:
     return met, kinds
 
 
+def start_many(world: Path, out: Path, processes: int, shard: str) -> subprocess.Popen:
+    """`cropi.py run`, by its launcher."""
+    words = ["--train", world / "train.jsonl", "--valid", world / "valid-rev.jsonl", "--test", world / "test-rev.jsonl"]
+    words += ["--stages", 2, "--frac", 0.3, "--refresh-every", 1, "--out", out]
+    words += ["--processes", processes, "--max-restarts", 2]
+    words += [word for setting in (*SETTINGS, f"train.shard_weights={shard}") for word in ("--set", setting)]
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True, "umask": UMASK}
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen([sys.executable, ROOT / "cropi.py", "run", *map(str, words)], env=environment, **quiet)
+
+
+def kill_one(run: subprocess.Popen, rank: int) -> bool:
+    """Kill one of the processes that a launcher has started; False if it is not there."""
+    try:
+        for pid in Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split():
+            if f"RANK={rank}".encode() in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):
+                os.kill(int(pid), signal.SIGKILL)
+                return True
+    except (FileNotFoundError, ProcessLookupError):
+        pass
+    return False
+
+
+def survive_restarts(processes: int, kills: int, seed: int) -> None:
+    """Raises:
+    AssertionError: as `survive`.
+    """
+    rng = random.Random(seed)
+    for shard in ("none", "full"):
+        met = Counter()
+        with tempfile.TemporaryDirectory() as folder:
+            world = Path(folder)
+            make_world(world)
+            for whole in ("warm", "whole"):
+                clock, run = time.monotonic(), start_many(world, world / whole, processes, shard)
+                assert run.wait() == 0, run.stderr.read()
+            working, expected = time.monotonic() - clock, result(world / "whole")
+            assert len(expected) > 50
+            for number in range(kills):
+                out, rank, moment = world / f"run-{number}", rng.randrange(processes), rng.uniform(0, working)
+                clock, run = time.monotonic(), start_many(world, out, processes, shard)
+                time.sleep(moment)
+                what = hit(out, {})[0] if kill_one(run, rank) else LATE
+                _, said = run.communicate()
+                assert run.returncode == 0, (what, said)
+                check(out, expected)
+                met[what] += 1
+                taken = time.monotonic() - clock
+                print(f"{shard}: rank {rank} after {moment:.1f} s, {what}: the same, in {taken:.1f} s", flush=True)
+        print(f"{shard}: {kills} kills in runs of {working:.1f} s, {met[LATE]} of them too late; all ended the same")
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--processes", type=int, default=1)
     arguments = parser.parse_args()
+    if arguments.processes > 1:
+        survive_restarts(arguments.processes, arguments.kills, arguments.seed)
+        sys.exit()
     met, kinds = survive(arguments.kills, arguments.seed)
     for name, count in met.most_common():
         print(f"{count:4d}  {name}")

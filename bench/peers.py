@@ -112,14 +112,21 @@ def make_toy(world: Path) -> None:
     tokenizer.save_pretrained(world / "policy")
 
 
-def random_model(folder: Path, vocabulary: int, width: int, layers: int) -> None:
-    """A random Qwen2, of whose tokens transformers' Qwen2 tokenizer reads the digits alone."""
+def save_tokenizer(folder: Path, vocabulary: int) -> None:
+    """A word to a token."""
     from tokenizers import Tokenizer, models
-    from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+    from transformers import PreTrainedTokenizerFast
 
     words = ["<pad>", "<|endoftext|>", *"0123456789", *(f"w{n}" for n in range(12, vocabulary))]
     tokenizer = Tokenizer(models.WordLevel({word: n for n, word in enumerate(words)}))
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=words[0], eos_token=words[1]).save_pretrained(folder)
+
+
+def random_model(folder: Path, vocabulary: int, width: int, layers: int) -> None:
+    """A random Qwen2, of whose tokens transformers' Qwen2 tokenizer reads the digits alone."""
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    save_tokenizer(folder, vocabulary)
     torch.manual_seed(0)
     shape = {"hidden_size": width, "num_hidden_layers": layers, "intermediate_size": 11 * width // 4}
     shape["vocab_size"] = vocabulary
@@ -224,7 +231,7 @@ def our_step(world: Path) -> tuple[Callable[[], dict], object, object]:
     """A step as `train.run_stage` does it; and the policy with its tokenizer."""
     o = step_options(world)
     policy, tokenizer = rollout.load_model(o.model)
-    initial = rollout.load_model(o.initial_model)[0].requires_grad_(False)
+    root, first = map(train.LogProbs, (policy, rollout.load_model(o.initial_model)[0].requires_grad_(False)))
     rows = rollout.load_prompts(o.data)
     encoded = rollout.encode_prompts(tokenizer, rows)
     adamw = torch.optim.AdamW(policy.parameters(), lr=o.lr, weight_decay=0.0, fused=True)
@@ -238,9 +245,9 @@ def our_step(world: Path) -> tuple[Callable[[], dict], object, object]:
             engine, tokenizer, rows, encoded, picked, o, [o.seed, next(numbers)], policy=policy
         )
         sampled = time.perf_counter()
-        line = train.update(policy, initial, adamw, trajectories, o)
+        line = train.update(root, first, adamw, trajectories, o, o.batch_prompts)
         times = {"sampling": sampled - clock, "update": time.perf_counter() - sampled}
-        return times | {"tokens": line["completion_tokens"], "live": line["live_prompts"]}
+        return times | {name: line[name] for name in ("tokens", "live")}
 
     return step, policy, tokenizer
 
@@ -500,9 +507,10 @@ def vocabulary_work(spec: dict, world: Path) -> Callable[[], dict]:
     if script == "scoring":
         score = ours(model, trajectories, 4096, 0)
     options = {"temperature": 1.0, "clip": 0.2, "kl": 0.0, "entropy": 0.001, "batch_tokens": 4096}
+    options["prompts"] = len(trajectories.rewards)
 
     def work() -> dict:
-        score() if script == "scoring" else train.grpo_step(model, None, trajectories, **options)
+        score() if script == "scoring" else train.grpo_step(train.LogProbs(model), None, trajectories, **options)
         return {"prompts": spec["prompts"]}
 
     return work

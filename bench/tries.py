@@ -177,7 +177,7 @@ def curriculum(run: cropi.Run, stages: int, variant: str) -> Iterator[int]:
         own = variant == "own-trajectories"
         with keep_trajectories(stage / "trained", run, policy, selection) if own else nullcontext():
             cropi.call("train", **start, **run.settings["train"])
-        policy, optimizer = stage / "model", stage / "optimizer.safetensors"
+        policy, optimizer = stage / "model", stage / "optimizer"
         cropi.evaluate(run, policy, stage)
         if s > run.keep_states:
             train.remove(run.stage(s - run.keep_states) / optimizer.name)

@@ -1,6 +1,8 @@
 """What the tests share: the toy model, a policy that has moved away from it, ragged trajectories, and our files."""
 
 import copy
+import os
+import subprocess
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -16,6 +18,14 @@ sys.path.insert(0, str(ROOT))
 import rollout  # noqa: E402
 import train  # noqa: E402
 from rollout import TOY, Trajectories, TransformersEngine, load_model, load_prompts, sample_trajectories  # noqa: E402
+
+THREADS = os.environ | {"OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+
+
+def processes(count: int, *words: object) -> subprocess.CompletedProcess:
+    """A command in so many processes, each of one thread."""
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
+    return subprocess.run([*launch, *map(str, words)], env=THREADS, capture_output=True, text=True, timeout=300)
 
 
 @pytest.fixture(scope="session")

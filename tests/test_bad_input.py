@@ -463,13 +463,13 @@ def test_train(refused, world, tmp_path):
     refused("train", *out, *given, "--limit", 50, says="other data")
     refused("train", *out, *given, "--samples", 1, says="--samples")
     refused("train", *out, *given, "--lr", 0, says="lr")
-    refused("train", *out, *given, "--optimizer", w / "no.safetensors", says="no.safetensors: no such file")
+    refused("train", *out, *given, "--optimizer", w / "no.safetensors", says="no.safetensors: no such folder")
     refused("train", *out, *given, "--optimizer", w / "s.safetensors", says="")
     refused("train", *out, *given, "--initial-model", w / "no-model", says="no-model")
     train.train(selection=w / "s.safetensors", data=str(w / "train.jsonl"), out=tmp_path / "one", steps=1)
     other = broken_model(tmp_path / "other", lambda weights: weights["lm_head.weight"].mul_(1.01))
     refused("train", *out, *given, "--model", other, says="made with another model")
-    optimizer = tmp_path / "one/optimizer.safetensors"
+    optimizer = tmp_path / "one/optimizer"
     refused("train", *out, *given, "--optimizer", optimizer, says="optimizer state of another model")
 
 

@@ -19,11 +19,13 @@ from conftest import ROOT, identities, load_all, load_folder
 from safetensors.numpy import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import Qwen2Config
 
 sys.path.insert(0, str(ROOT / "bench"))
 
 import ablate
 import compare
+import gpu
 import lines
 import peers
 import plan
@@ -371,7 +373,7 @@ def test_own_trajectories_survive_a_kill(small_world, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         follow(small_world, small_world / "killed", "own-trajectories", *settings)
     monkeypatch.setattr(rollout, "sample_trajectories", sample)
-    assert (small_world / "killed" / "stage-01" / "checkpoint.safetensors").exists()
+    assert list((small_world / "killed" / "stage-01" / "checkpoint").glob("*/00000.safetensors"))
     follow(small_world, small_world / "killed", "own-trajectories", *settings)
     assert rollout.sample_trajectories is sample
     for pattern in ("stage-01/trained/*.safetensors", "stage-02/**/0*.safetensors", "stage-*/selection.safetensors"):
@@ -464,7 +466,7 @@ def test_the_plan_is_what_a_run_writes(small_world):
     gradients = load_folder(small_world / "run/stage-01/gradients-train", "gradients")
     sketches = gradients["sketch"].nbytes + gradients["half_sketch"].nbytes
     assert rows["scoring, pool"]["disk"] == pytest.approx(sketches, rel=1e-6)
-    files = ("model/model.safetensors", "optimizer.safetensors")
+    files = ("model/model.safetensors", "optimizer/00000.safetensors")
     written = sum((small_world / "run/stage-01" / name).stat().st_size for name in files)
     checkpoints = 2 * 12 * 340_896  # while it trained
     assert rows["training, updates"]["disk"] - checkpoints == pytest.approx(written, rel=0.01)
@@ -527,3 +529,15 @@ def test_the_older_scripts_are_given_the_same_trajectories(ragged, monkeypatch):
         expected = np.concatenate([ragged.prompt(n), ragged.tokens[ragged.span(n, k)]])
         np.testing.assert_array_equal(made["tokens"][span], expected)
     assert made["prompt_length"].tolist() == np.repeat(ragged.prompt_length, 6).tolist()
+
+
+def test_the_bench_for_a_gpu_runs_without_one(tmp_path):
+    shape = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
+    shape |= {"num_key_value_heads": 2, "vocab_size": 500, "max_position_embeddings": 512, "tie_word_embeddings": True}
+    Qwen2Config(**shape, bos_token_id=None, eos_token_id=1, pad_token_id=0).save_pretrained(tmp_path)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gpu.importlib.util, "find_spec", lambda name: None)  # without vLLM
+        found = gpu.measure(tmp_path / "config.json", 8, 20, 10)
+    assert found["lines"].keys() == {"sampling, transformers", "scoring", "training"}
+    for line in found["lines"].values():
+        assert line["tokens_per_second"] > 0 and 0 < line["share_of_peak"] < 1 and line["plan_bytes"] > 0

@@ -76,7 +76,7 @@ def test_a_run_writes_what_its_head_lists(small_world, capsys):
     assert names_of(out) == [".lock", ".writer", *shown]
     assert names_of(out / "rollouts") == ["test-rev", "test-untargeted", "train", "valid-rev", "valid-srt"]
     folders = [*(f"gradients-{name}" for name in ("train", "valid-rev", "valid-srt")), "test-rev", "test-untargeted"]
-    files = ["metrics.jsonl", "model", "optimizer.safetensors", "selection.csv", "selection.safetensors"]
+    files = ["metrics.jsonl", "model", "optimizer", "selection.csv", "selection.safetensors"]
     assert names_of(out / "stage-02") == sorted(folders + files)
     assert names_of(out / "stage-01") == sorted(folders + [f for f in files if not f.startswith("optimizer")])
     for stage in (1, 2):
@@ -160,7 +160,7 @@ def test_pasting_a_printed_command_changes_nothing(small_world, capsys, selector
     out = small_world / "a"
     commands = [line[2:] for line in capsys.readouterr().out.splitlines() if line.startswith("$ ")]
     assert len(commands) == (13 if selector == "influence" else 9)
-    assert not (out / "stage-01" / "optimizer.safetensors").exists()
+    assert not (out / "stage-01" / "optimizer").exists()
     before, written = bytes_of(out), times_of(out)
     with ThreadPoolExecutor(2) as two:
         for command, done in zip(commands, two.map(paste, commands), strict=True):
@@ -198,7 +198,7 @@ def test_a_run_makes_what_is_missing_and_nothing_else(small_world):
     for removed in (
         [],
         ["stage-02/test-rev"],  # killed between training and the end of the evaluation
-        ["stage-02/model", "stage-02/optimizer.safetensors", "stage-02/test-rev", "stage-02/test-untargeted"],
+        ["stage-02/model", "stage-02/optimizer", "stage-02/test-rev", "stage-02/test-untargeted"],
         ["stage-02/model"],  # killed between its optimizer state and the model
         ["rollouts/train/00002.safetensors", "stage-02/gradients-train/00001.safetensors", "stage-02/selection.csv"],
         ["report.json", "curve.png", "selection.png", "stage-02/metrics.jsonl"],
@@ -206,7 +206,7 @@ def test_a_run_makes_what_is_missing_and_nothing_else(small_world):
     ):
         kept = {name: time for name, time in times_of(out).items() if not name.startswith(tuple(removed) or " ")}
         if "stage-02/model" in removed:
-            kept.pop("stage-02/optimizer.safetensors", None)  # made again with the model
+            kept.pop("stage-02/optimizer/00000.safetensors", None)  # made again with the model
         for path in (out / name for name in removed):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
         if "run.safetensors" in removed:
@@ -247,12 +247,12 @@ def test_a_rerun_first_says_what_is_there_and_what_comes_next(small_world, capsy
     assert "resuming" not in capsys.readouterr().out
     assert rerun(stages=1) == ("resuming: 1 of 1 stages trained; next: nothing to train", 0)
     assert rerun(stages=2) == ("resuming: 1 of 2 stages trained; next: stage 2 (has nothing yet)", 7)
-    for name in ("model", "optimizer.safetensors", "test-rev", "metrics.jsonl"):
+    for name in ("model", "optimizer", "test-rev", "metrics.jsonl"):
         path = small_world / "a" / "stage-02" / name
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     (small_world / "a" / "stage-02" / "test-untargeted").rename(small_world / "elsewhere")
     first, second = (str(small_world / "a" / f"stage-0{s}") for s in (1, 2))
-    with pytest.raises(BadInput, match=f"{first}/optimizer.safetensors: no such file; .*--keep-states"):
+    with pytest.raises(BadInput, match=f"{first}/optimizer: no such folder; .*--keep-states"):
         rerun(stages=2)
     printed = capsys.readouterr().out
     assert "resuming: 1 of 2 stages trained;" in printed
@@ -265,12 +265,12 @@ def test_a_rerun_first_says_what_is_there_and_what_comes_next(small_world, capsy
 def test_optimizer_states_that_are_kept(small_world, keep, stages):
     options = {"stages": 3, "selector": "random", "keep_states": keep}
     run_small(small_world, "a", **options)
-    states = [s for s in (1, 2, 3) if (small_world / "a" / f"stage-0{s}" / "optimizer.safetensors").exists()]
+    states = [s for s in (1, 2, 3) if (small_world / "a" / f"stage-0{s}" / "optimizer").exists()]
     assert states == stages
     before = identities(small_world / "a", "stage-*/model")
     if keep == 5:  # another number is no other run: fewer are kept from now on
         run_small(small_world, "a", **options | {"keep_states": 1})
-        assert len(list((small_world / "a").glob("*/optimizer.safetensors"))) == 1
+        assert len(list((small_world / "a").glob("*/optimizer"))) == 1
         run_small(small_world, "b", **options | {"keep_states": 2})
         assert identities(small_world / "b", "stage-*/model") == before
     run_small(small_world, "a", **options | {"stages": 4})  # which needs the last one

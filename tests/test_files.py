@@ -86,7 +86,7 @@ def checkpoint(whole):
         interrupt_after(patch, 2)
         with pytest.raises(KeyboardInterrupt):
             train.train(**training(whole, whole / "interrupted", save_every=0.0))
-    return whole / "interrupted/checkpoint.safetensors"
+    return whole / "interrupted/checkpoint/00002/00000.safetensors"
 
 
 def interrupt_after(patch: pytest.MonkeyPatch, files: int) -> None:
@@ -134,7 +134,13 @@ def test_each_script_goes_on_after_its_last_file(whole, tmp_path, monkeypatch):
             128,
             "00001.safetensors",
         ),
-        (train.train, training(whole, tmp_path / "o", save_every=0.0), "lr", 2e-3, "checkpoint.safetensors"),
+        (
+            train.train,
+            training(whole, tmp_path / "o", save_every=0.0),
+            "lr",
+            2e-3,
+            "checkpoint/00002/00000.safetensors",
+        ),
     ]
     for script, given_, option, value, last in work:
         out, undisturbed = given_["out"], tmp_path / "undisturbed" / given_["out"].name
@@ -167,9 +173,8 @@ def test_what_a_kill_leaves_is_cleared_away(whole, tmp_path):
     """The folders of temporary files, of every target, before and after the target got its name."""
     shutil.copytree(whole / "run", tmp_path / "run")
     paths = [path for path in (tmp_path / "run").rglob("[!.]*") if path.suffix or path.name == "model"]
-    paths = [path for path in paths if path.parent.name != "model"]
-    paths += [tmp_path / "run/stage-01/checkpoint.safetensors", tmp_path / "run/stage-02/checkpoint.safetensors"]
-    paths.remove(tmp_path / "run/stage-01/optimizer.safetensors")  # it is written before the model, which is there
+    paths = [path for path in paths if path.parent.name not in ("model", "optimizer")]
+    paths += [tmp_path / "run" / name for name in ("stage-01/checkpoint", "stage-02/checkpoint", "stage-02/optimizer")]
     for path in paths:
         part = path.with_name(f".{path.name}.part")
         part.mkdir()
@@ -206,8 +211,8 @@ def readers(run: Path, path: Path, out: Path):
         return lambda: cropi.select.select(**given_, valid_gradients=valid, out=out / "s.safetensors")
     if path.name == "selection.safetensors":
         return lambda: train.train(selection=path, data=data, model=before, steps=1, out=out)
-    if path.name == "optimizer.safetensors":
-        given_ = {"selection": stage / "selection.safetensors", "data": data, "optimizer": path, "steps": 1}
+    if path.parent.name == "optimizer":
+        given_ = {"selection": stage / "selection.safetensors", "data": data, "optimizer": path.parent, "steps": 1}
         return lambda: train.train(**given_, model=stage / "model", out=out)
     assert path.parent.name == "model"
     return lambda: rollout.rollout(model=path.parent, data=data, limit=1, samples=1, out=out)
@@ -264,8 +269,8 @@ def test_a_run_refuses_another_file_in_the_place_of_its_own(whole, tmp_path):
         others = [other for other in artefacts if other.name == path.name or other.parent == path.parent]
         others = [other for other in others if other.read_bytes() != data]
         # an optimizer's state is compared with nothing before it is read, which only the next stage does
-        stages = 3 if path.name == "optimizer.safetensors" else 2
-        if not others or path == run / "stage-01/optimizer.safetensors":
+        stages = 3 if path.parent.name == "optimizer" else 2
+        if not others or path == run / "stage-01/optimizer/00000.safetensors":
             continue
         path.write_bytes(others[0].read_bytes())
         before = contents(run)
@@ -324,7 +329,7 @@ def test_a_flip_that_a_rerun_passes_over_is_found_by_the_next_reader(whole, tmp_
         "rollouts/valid-rev/00000.safetensors": "stage-02/gradients-valid-rev/00000.safetensors",
         "stage-02/gradients-train/00002.safetensors": "stage-02/selection.safetensors",
         "stage-01/model/model.safetensors": "stage-02/gradients-valid-rev/00000.safetensors",
-        "stage-01/optimizer.safetensors": "stage-02/model",
+        "stage-01/optimizer/00000.safetensors": "stage-02/model",
         "stage-02/model/tokenizer.json": "stage-02/test-rev/00000.safetensors",
     }.items():
         path, data = run / name, (run / name).read_bytes()
@@ -344,8 +349,8 @@ FILES = {
     "trajectories": "run/rollouts/train/00001.safetensors",
     "gradients": "run/stage-01/gradients-train/00000.safetensors",
     "selection": "run/stage-01/selection.safetensors",
-    "optimizer": "run/stage-01/optimizer.safetensors",
-    "checkpoint": "interrupted/checkpoint.safetensors",
+    "optimizer": "run/stage-01/optimizer/00000.safetensors",
+    "checkpoint": "interrupted/checkpoint/00002/00000.safetensors",
     "run": "run/run.safetensors",
     "model": "run/stage-01/model/cropi.json",
 }
@@ -434,14 +439,15 @@ def test_ctrl_c_ends_with_the_command_that_goes_on(whole, tmp_path):
     process = subprocess.Popen(
         [sys.executable, *words], **where, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
-    checkpoint = tmp_path / "run/stage-01/checkpoint.safetensors"
-    while process.poll() is None and not checkpoint.exists():
+    saved = "stage-01/checkpoint/*/00000.safetensors"
+    while process.poll() is None and not list((tmp_path / "run").glob(saved)):
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
     _, error = process.communicate(timeout=120)
     assert process.returncode == 130
     assert error == f"interrupted; the same command resumes: python {' '.join(words)}\n"
     assert not left_over(tmp_path / "run") and not (tmp_path / "run/stage-01/model").exists()
+    checkpoint = max((tmp_path / "run").glob(saved))
     log = rollout.load(checkpoint, "checkpoint")[1]["facts"]["log"]
     assert 0 < len(log) < 40
     command = error.split(": ", 1)[1].split()
@@ -488,7 +494,7 @@ def limited(work, size: int) -> str:
         ("rollouts/train/00000.safetensors", "rollouts/train/00000.safetensors"),
         ("stage-01/gradients-train/00000.safetensors", "stage-01/gradients-train/00000.safetensors"),
         ("stage-01/model", "stage-01/model/model.safetensors"),
-        ("stage-01/optimizer.safetensors", "stage-01/optimizer.safetensors"),
+        ("stage-01/optimizer/00000.safetensors", "stage-01/optimizer/00000.safetensors"),
     ],
 )
 def test_a_full_disk_is_one_line_and_loses_nothing(whole, tmp_path, first, largest):
@@ -631,7 +637,7 @@ def test_nan_stops_with_step_and_prompts_and_keeps_the_last_good_weights(whole, 
         patch.setattr(train, "grpo_step", poisoned)
         with pytest.raises(BadInput, match=r"step 2: gradient is not finite at prompts \[\d+, "):
             train.train(**training(whole, tmp_path / "o", save_every=0.0))
-    tensors, record = rollout.load(tmp_path / "o/checkpoint.safetensors", "checkpoint")
+    tensors, record = rollout.load(tmp_path / "o/checkpoint/00002/00000.safetensors", "checkpoint")
     assert len(record["facts"]["log"]) == 2 and all(np.isfinite(values).all() for values in tensors.values())
     train.train(**training(whole, tmp_path / "o"))
     train.train(**training(whole, tmp_path / "p"))

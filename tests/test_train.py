@@ -16,7 +16,7 @@ import project
 import rollout
 import train
 from rollout import TOY, load_prompts
-from train import collate, completion_logps, group_advantages, grpo_step, k3_kl, policy_objective
+from train import LogProbs, collate, completion_logps, group_advantages, k3_kl, policy_objective
 
 
 def test_advantages_by_hand():
@@ -120,7 +120,7 @@ def test_gradient_checkpointing_changes_nothing(moved, toy, ragged, long, logits
     model.train()
     twice = []
     model.model.layers[0].input_layernorm.register_forward_hook(lambda *_: twice.append(1))
-    again = grpo_step(model, toy[0], ragged, **OPTIONS)
+    again = ascend(model, toy[0], ragged)
     assert len(twice) == 2  # forward, and in the backward pass
     assert again == pytest.approx(measured, rel=1e-4)
     for name, parameter in model.named_parameters():
@@ -147,13 +147,21 @@ def trained(out, **options) -> list[dict]:
     train.train(out=out, **options)
     log = rollout.peek(out / "model")["facts"]["log"]
     assert [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()] == log
-    assert sorted(path.name for path in out.iterdir()) == ["metrics.jsonl", "model", "optimizer.safetensors"]
+    assert sorted(path.name for path in out.iterdir()) == ["metrics.jsonl", "model", "optimizer"]
     return log
+
+
+def ascend(model, initial, trajectories, **options) -> dict[str, float]:
+    """`grpo_step` on all of them; J, and means over the tokens of live groups."""
+    policies = [None if each is None else LogProbs(each) for each in (model, initial)]
+    sums = train.grpo_step(*policies, trajectories, prompts=len(trajectories.rewards), **OPTIONS | options)
+    tokens = max(sums.pop("live_tokens"), 1)
+    return {name: value if name == "objective" else value / tokens for name, value in sums.items()}
 
 
 def gradients(model, initial, trajectories, **options):
     model = copy.deepcopy(model)
-    measured = grpo_step(model, initial, trajectories, **OPTIONS | options)
+    measured = ascend(model, initial, trajectories, **options)
     return {name: parameter.grad for name, parameter in model.named_parameters()}, measured
 
 
@@ -217,7 +225,7 @@ def test_logits_are_never_held_whole(moved, toy, ragged, script, monkeypatch):
         monkeypatch.setattr(train, "LOGITS", limit)
         with LargestLogits(vocabulary) as largest:
             if script == "train":
-                grpo_step(model, toy[0], ragged, **OPTIONS)
+                ascend(model, toy[0], ragged)
             else:
                 sketcher = project.GradientSketcher(model, 64, 1.0, seed=1)
                 groups = ragged.take(ragged.live())
@@ -241,7 +249,7 @@ def test_equal_rewards_cost_no_forward_pass(moved, toy, ragged, monkeypatch):
         "completion_logps",
         lambda m, b, *o, **p: prompts.extend(b.prompt_index) or completion_logps(m, b, *o, **p),
     )
-    grpo_step(model, None, ragged, **OPTIONS)
+    ascend(model, None, ragged)
     assert sorted(prompts) == ragged.prompt_index[ragged.live()].tolist()
 
 
@@ -253,7 +261,7 @@ def test_a_stage_writes_a_checkpoint_that_goes_on_exactly(tmp_path):
     options = {"selection": tmp_path / "s.safetensors", "batch_prompts": 24, "kl": 0.0, "lr": 1e-3}
     # both halves draw the random numbers of steps 0 and 1, so the unbroken run below repeats those too
     trained(out=tmp_path / "a", steps=2, **options)
-    state = {"model": tmp_path / "a/model", "optimizer": tmp_path / "a/optimizer.safetensors"}
+    state = {"model": tmp_path / "a/model", "optimizer": tmp_path / "a/optimizer"}
     log = trained(out=tmp_path / "b", steps=2, **state, **options)
     train.train(out=tmp_path / "c", model=tmp_path / "a/model", steps=2, **options)  # without the optimizer's state
     loaded = {name: AutoModelForCausalLM.from_pretrained(tmp_path / name / "model") for name in "abc"}
@@ -268,7 +276,7 @@ def test_a_stage_writes_a_checkpoint_that_goes_on_exactly(tmp_path):
         engine, options = rollout.TransformersEngine(model, tokenizer), {"samples": 8, "max_tokens": 8}
         sampled = sample(engine, tokenizer, rows, picked, [0, step], temperature=1.0, **options)
         adamw.zero_grad()
-        grpo_step(model, None, sampled, temperature=1.0, clip=0.2, kl=0.0, entropy=0.001, batch_tokens=16384)
+        ascend(model, None, sampled, temperature=1.0, kl=0.0, entropy=0.001, batch_tokens=16384)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         adamw.step()
     for name, parameter in model.named_parameters():
@@ -277,7 +285,7 @@ def test_a_stage_writes_a_checkpoint_that_goes_on_exactly(tmp_path):
     assert all(0 <= line["reward"] <= 1 and line["grad_norm"] > 0 for line in log)
     stages = [rollout.model_identity(path) for path in (TOY / "model", tmp_path / "a/model", tmp_path / "b/model")]
     assert train.lineage(tmp_path / "b/model") == stages and len(set(stages)) == 3
-    moments, record = rollout.load(tmp_path / "b/optimizer.safetensors", "optimizer")
+    moments, record = rollout.load(tmp_path / "b/optimizer/00000.safetensors", "optimizer")
     assert set(moments) == {f"{name}.{m}" for name, _ in model.named_parameters() for m in ("exp_avg", "exp_avg_sq")}
     assert record["facts"]["adam_steps"] == 4 and record["facts"]["model"] == stages[2]
     for name, parameter in model.named_parameters():
@@ -302,11 +310,11 @@ def test_a_checkpoint_goes_on_where_it_was_saved(tmp_path, monkeypatch):
     monkeypatch.setattr(rollout, "sample_trajectories", breaking)
     with pytest.raises(KeyboardInterrupt):
         train.train(out=tmp_path / "b", save_every=0, **options)
-    assert [path.name for path in (tmp_path / "b").iterdir()] == ["checkpoint.safetensors"]
+    assert [path.name for path in (tmp_path / "b").iterdir()] == ["checkpoint"]
     log = trained(out=tmp_path / "b", save_every=10**6, **options)
     assert steps == [0, 1, 2, 3, 3]
     assert [line["reward"] for line in log] == [line["reward"] for line in unbroken]
-    for name in ("model", "optimizer.safetensors"):
+    for name in ("model", "optimizer/00000.safetensors"):
         ours, theirs = (rollout.peek(tmp_path / folder / name) for folder in "ab")
         assert ours["identity"] == theirs["identity"]
 

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import TEMPERATURE, sample, save_selection
+from conftest import ROOT, TEMPERATURE, processes, sample, save_selection
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import cropi
@@ -142,6 +142,17 @@ def test_training_syncs_and_a_skipped_sync_is_caught(wide, selection, tmp_path, 
     assert not (tmp_path / "b").exists()
 
 
+@pytest.mark.parametrize("shard", ["none", "full"])
+def test_two_processes_with_an_engine_each(wide, selection, tmp_path, shard):
+    rollout.close_engine()
+    words = ["--model", wide, "--selection", selection, "--out", tmp_path / "a", "--steps", 4, "--lr", "1e-3"]
+    words += ["--batch-prompts", 16, "--engine", "vllm", "--gpu-memory", 0.1, "--shard-weights", shard]
+    done = processes(2, ROOT / "train.py", *words)
+    assert done.returncode == 0, done.stderr[-3000:]
+    log = rollout.peek(tmp_path / "a" / "model")["facts"]["log"]
+    assert len(log) == 4 and all(line["outside_clip"] < 0.05 and line["trajectories"] == 128 for line in log)
+
+
 def test_a_whole_run_starts_one_engine(wide, small_world, monkeypatch):
     started = []
     begin = VllmEngine.__init__
@@ -172,7 +183,7 @@ def test_heads_that_it_lacks_are_refused(tmp_path):
     assert not (tmp_path / "x").exists()
 
 
-def test_bfloat16_stays_within_its_tolerance(wide):
+def test_bfloat16_stays_within_its_tolerance(wide, monkeypatch):
     """Last, since it starts an engine of its own."""
     model, tokenizer = rollout.load_model(wide, torch.bfloat16)
     engine = open_engine(options(wide, "bfloat16"), model, tokenizer)
@@ -180,3 +191,15 @@ def test_bfloat16_stays_within_its_tolerance(wide):
     engine.check(model, trajectories, TEMPERATURE)
     found = largest_difference(model, trajectories, TEMPERATURE)
     assert 1e-4 < found < 0.5, found
+
+    moved = copy.deepcopy(model)  # by a step that log-probs cannot tell from rounding: checksums can
+    assert engine.exact and engine.same(model.named_parameters()) == engine.exact
+    with torch.no_grad():
+        for parameter in moved.parameters():
+            parameter.mul_(1.005)
+    engine.check(moved, trajectories, TEMPERATURE)
+    with monkeypatch.context() as patch, pytest.raises(BadInput, match="does not have the policy's weights"):
+        patch.setattr(VllmEngine, "load", lambda self, folder: None)
+        engine.sync(moved)
+    engine.sync(moved)
+    assert engine.same(moved.named_parameters()) == engine.exact and engine.proven
