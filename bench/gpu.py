@@ -140,9 +140,8 @@ def measure(config: Path, prompts: int, length: int, tokens: int) -> dict:
     policy, initial = random_model(shape, torch.float32), random_model(shape, torch.float32).requires_grad_(False)
     options = plan.defaults("train") | {"dtype": "bfloat16"}
     adamw = torch.optim.AdamW(policy.parameters(), lr=1e-6, weight_decay=0.0, fused=True)
-    for parameter in policy.parameters():
-        parameter.grad = torch.zeros_like(parameter)
     roots = train.LogProbs(policy), train.LogProbs(initial)
+    train.make_gradients(roots[0])
     step = functools.partial(train.update, *roots, adamw, few, SimpleNamespace(**options), len(halved))
     add("training", step, len(halved) / prompts, 4, "training, updates", 2)
     return {

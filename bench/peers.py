@@ -235,8 +235,7 @@ def our_step(world: Path) -> tuple[Callable[[], dict], object, object]:
     rows = rollout.load_prompts(o.data)
     encoded = rollout.encode_prompts(tokenizer, rows)
     adamw = torch.optim.AdamW(policy.parameters(), lr=o.lr, weight_decay=0.0, fused=True)
-    for parameter in policy.parameters():
-        parameter.grad = torch.zeros_like(parameter)
+    train.make_gradients(root)
     engine, random, numbers = rollout.open_engine(o, policy, tokenizer), np.random.default_rng(0), itertools.count()
 
     def step() -> dict:

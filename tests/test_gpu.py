@@ -81,9 +81,9 @@ def objective_gradient(policy: Qwen2ForCausalLM, trajectories: rollout.Trajector
     options = {"temperature": 1.0, "clip": 1e9, "kl": 0.0, "entropy": 0.0, "batch_tokens": 2048, "iterations": 1}
     o = SimpleNamespace(max_grad_norm=1e9, dtype=dtype, gradient_checkpointing=False, **options)
     adamw = torch.optim.AdamW(model.parameters(), lr=0.0)
-    for parameter in model.parameters():
-        parameter.grad = torch.zeros_like(parameter)
-    train.update(train.LogProbs(model), None, adamw, trajectories, o, PROMPTS)
+    root = train.LogProbs(model)
+    train.make_gradients(root)
+    train.update(root, None, adamw, trajectories, o, PROMPTS)
     named = [p for name, p in model.named_parameters() if "norm" not in name]
     return -torch.cat([p.grad.flatten() for p in named]).double().cpu()
 
