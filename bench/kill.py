@@ -50,6 +50,7 @@ SIZES = {"train": 60, "valid-rev": 12, "test-rev": 10}
 PER_RUN = 5  # kills
 UMASK = 0o027  # of the runs; not the usual one, so that its part in the files' modes is seen
 LATE = "too late: the process had ended"
+ABSENT = "the process was not there yet, or no more"
 TRAINING, TEMPORARY = "inside training", "between a temporary file and its rename"
 
 
@@ -235,14 +236,14 @@ def survive_restarts(processes: int, kills: int, seed: int) -> None:
                 out, rank, moment = world / f"run-{number}", rng.randrange(processes), rng.uniform(0, working)
                 clock, run = time.monotonic(), start_many(world, out, processes, shard)
                 time.sleep(moment)
-                what = hit(out, {})[0] if kill_one(run, rank) else LATE
+                what = hit(out, {})[0] if kill_one(run, rank) else ABSENT
                 _, said = run.communicate()
                 assert run.returncode == 0, (what, said)
                 check(out, expected)
                 met[what] += 1
                 taken = time.monotonic() - clock
                 print(f"{shard}: rank {rank} after {moment:.1f} s, {what}: the same, in {taken:.1f} s", flush=True)
-        print(f"{shard}: {kills} kills in runs of {working:.1f} s, {met[LATE]} of them too late; all ended the same")
+        print(f"{shard}: {kills} kills in runs of {working:.1f} s, {met[ABSENT]} of which found nothing; all ended the same")
 
 
 if __name__ == "__main__":
