@@ -243,7 +243,7 @@ def survive_restarts(processes: int, kills: int, seed: int) -> None:
                 met[what] += 1
                 taken = time.monotonic() - clock
                 print(f"{shard}: rank {rank} after {moment:.1f} s, {what}: the same, in {taken:.1f} s", flush=True)
-        print(f"{shard}: {kills} kills in runs of {working:.1f} s, {met[ABSENT]} of which found nothing; all ended the same")
+        print(f"{shard}: {kills} kills in runs of {working:.1f} s ({met[ABSENT]} found nothing); all ended the same")
 
 
 if __name__ == "__main__":
