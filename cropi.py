@@ -447,7 +447,7 @@ def run(
         keep_states: Keep the optimizer states of the last N stages.
         group_by: Data column that selection.png shows.
     """
-    if processes > 1 and rollout.WORLD == 1:
+    if (processes > 1 or max_restarts) and "TORCHELASTIC_RUN_ID" not in os.environ:
         return launch(processes, max_restarts)
     rollout.device()
     ours = [f"rollout.engine={engine}"] if engine != "auto" else []
@@ -490,9 +490,9 @@ def launch(processes: int, max_restarts: int) -> None:
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
     os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"  # else the port is in use at half of the restarts
     logging.getLogger("torch.distributed.elastic").setLevel("CRITICAL")  # what went wrong is said below, once
-    where = {"rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0", "monitor_interval": 0.1}
-    where["virtual_local_rank"] = True  # each process sees its own GPU alone, as vLLM wants it
-    config = LaunchConfig(1, 1, processes, run_id=str(os.getpid()), max_restarts=max_restarts, **where)
+    how = {"rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0", "monitor_interval": 0.1}
+    how |= {"virtual_local_rank": True}  # each process sees its own GPU alone, as vLLM wants it
+    config = LaunchConfig(1, 1, processes, run_id=str(os.getpid()), max_restarts=max_restarts, **how)
     try:
         elastic_launch(config, sys.executable)(*sys.argv)
     except SignalException as stopped:

@@ -282,7 +282,8 @@ def shard_weights(model: PreTrainedModel, precision: torch.dtype) -> LogProbs:
     """Cut each parameter into w shares, one for each process. A layer is put together while it computes, in
     `precision`, and its gradient is summed over the processes, in float32.
 
-    No autocast may surround such a model: from the second micro-batch on its gradients would be wrong.
+    The precision is FSDP's, not autocast's: that keeps bfloat16 copies of float32 weights, whose memory FSDP uses
+    again, and from the second micro-batch on gradients would be wrong.
     """
     root, rounded = LogProbs(model), precision == torch.bfloat16
     policy = MixedPrecisionPolicy(precision, reduce_dtype=torch.float32) if rounded else MixedPrecisionPolicy()
@@ -336,11 +337,12 @@ def owned(tensors: dict[str, Tensor], owner: Callable[[int], int]) -> dict[str, 
 def too_large(model: PreTrainedModel, o: SimpleNamespace) -> bool:
     """Should the weights be sharded? `auto`: if weights, gradients and moments, all float32, and the initial policy
     would take more than 0.6 of the device's memory. The rest is for activations and sampling."""
-    if o.shard_weights == "auto" and rollout.device().type == "cuda":
+    if o.shard_weights == "auto" and WORLD > 1 and rollout.device().type == "cuda":
         need = (16 + 4 * (o.kl > 0)) * model.num_parameters() / 1e9
         memory = torch.cuda.get_device_properties(rollout.device()).total_memory / 1e9
-        rollout.say(f"weights, gradients, moments: {need:.1f} GB a process, of {memory:.0f}; sharded above 0.6 of that")
-        return WORLD > 1 and need > 0.6 * memory
+        large = need > 0.6 * memory
+        rollout.say(f"weights, gradients, moments: {need:.1f} GB on a device of {memory:.0f} GB; sharded: {large}")
+        return large
     return WORLD > 1 and o.shard_weights == "full"
 
 

@@ -55,6 +55,25 @@ def engines_end():
 TEMPERATURE = 1.3
 
 
+def random_trajectories(
+    shape: tuple[int, int], words: int, prompt: tuple[int, int], completion: tuple[int, int], logp: float
+) -> Trajectories:
+    """P prompts x K of random words; lengths from the ranges, log-probs around `logp`. Every second one is right."""
+    random = np.random.default_rng(0)
+    length = random.integers(*completion, shape).astype(np.int32)
+    prompt_length = random.integers(*prompt, shape[0]).astype(np.int32)
+    return Trajectories(
+        prompt_index=np.arange(shape[0], dtype=np.int32),
+        prompt_length=prompt_length,
+        prompt_tokens=random.integers(2, words, prompt_length.sum()).astype(np.int32),
+        length=length,
+        tokens=random.integers(2, words, length.sum()).astype(np.int32),
+        behavior_logps=random.normal(logp, 0.1, length.sum()).astype(np.float32),
+        rewards=np.tile(np.array([1, 0] * (shape[1] // 2), np.float32), (shape[0], 1)),
+        truncated=np.zeros_like(length, np.uint8),
+    )
+
+
 def sample(engine, tokenizer, rows, picked, seed, **options) -> Trajectories:
     """`sample_trajectories` for some rows, with the reward `exact`."""
     options = {"temperature": TEMPERATURE, "reward": "exact", "reward_seconds": 10.0} | options

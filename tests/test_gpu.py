@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from conftest import random_trajectories
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 import project
@@ -33,20 +34,8 @@ def policy() -> Qwen2ForCausalLM:
     return model.eval().to(rollout.device())
 
 
-def random_trajectories(long: bool) -> rollout.Trajectories:
-    random = np.random.default_rng(0)
-    length = random.integers(*LONG[long], (PROMPTS, SAMPLES)).astype(np.int32)
-    prompt_length = random.integers(*LONG[long], PROMPTS).astype(np.int32)
-    return rollout.Trajectories(
-        prompt_index=np.arange(PROMPTS, dtype=np.int32),
-        prompt_length=prompt_length,
-        prompt_tokens=random.integers(2, WORDS, prompt_length.sum()).astype(np.int32),
-        length=length,
-        tokens=random.integers(2, WORDS, length.sum()).astype(np.int32),
-        behavior_logps=random.normal(-7, 0.1, length.sum()).astype(np.float32),
-        rewards=np.tile(np.array([1, 0, 1, 0], np.float32), (PROMPTS, 1)),
-        truncated=np.zeros_like(length, np.uint8),
-    )
+def some_trajectories(long: bool) -> rollout.Trajectories:
+    return random_trajectories((PROMPTS, SAMPLES), WORDS, LONG[long], LONG[long], -7)
 
 
 def exact_gradients(policy: Qwen2ForCausalLM, trajectories: rollout.Trajectories) -> torch.Tensor:
@@ -90,7 +79,7 @@ def objective_gradient(policy: Qwen2ForCausalLM, trajectories: rollout.Trajector
 
 @pytest.mark.parametrize("long", [False, True])
 def test_gradients_are_those_of_float64_on_the_cpu(policy, long):
-    trajectories = random_trajectories(long)
+    trajectories = some_trajectories(long)
     exact = exact_gradients(policy, trajectories).mean(0)
     for dtype, allowed in (("float32", 1e-4), ("bfloat16", 0.05)):
         found = objective_gradient(policy, trajectories, dtype)
@@ -99,7 +88,7 @@ def test_gradients_are_those_of_float64_on_the_cpu(policy, long):
 
 @pytest.mark.parametrize("long", [False, True])
 def test_packed_log_probs_are_those_of_single_sequences(policy, long):
-    trajectories = random_trajectories(long)
+    trajectories = some_trajectories(long)
     for dtype, allowed in ((torch.float32, 1e-4), (torch.bfloat16, 0.2)):
         model = copy.deepcopy(policy).to(dtype)
         for pieces in train.micro_batches(trajectories, range(PROMPTS), 4096):
@@ -113,7 +102,7 @@ def test_packed_log_probs_are_those_of_single_sequences(policy, long):
 @pytest.mark.parametrize(("dtype", "allowed"), [(torch.float32, 1e-3), (torch.bfloat16, 0.05)])
 def test_sketches_keep_inner_products(policy, dtype, allowed):
     """Those of the device are the CPU's, computed from exact gradients; and their inner products are the gradients'."""
-    trajectories, k = random_trajectories(False), 32768
+    trajectories, k = some_trajectories(False), 32768
     model = copy.deepcopy(policy).to(dtype)
     sketcher = project.GradientSketcher(model, k, 1.0, seed=0)
     halved = np.zeros(PROMPTS, bool)
