@@ -80,18 +80,20 @@ import math
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import numpy as np
 import torch
 import typer
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 import rollout
 import train
 from rollout import TOY, Array, Count, Dtype, Given, Natural, Share, Trajectories, require
 from train import Batch, collate, completion_logps, k3_kl, micro_batches
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 CODE = train.CODE | {"project": rollout.code_digest(__file__)}
 app = typer.Typer(**rollout.PLAIN)

@@ -66,7 +66,6 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import numpy as np
 import torch
 import torch.distributed as dist
-import transformers
 import typer
 from jinja2 import TemplateError
 from safetensors import SafetensorError, safe_open
@@ -76,15 +75,11 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
-from transformers.utils.logging import disable_progress_bar
 
-if TYPE_CHECKING:
-    from pebble import ProcessPool  # and imported where it is needed: `exact` can do without
+if TYPE_CHECKING:  # imported where they are needed: transformers takes two seconds that `--help` need not wait for
+    from pebble import ProcessPool
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-disable_progress_bar()  # transformers' own bars, one per file read or written
 logging.getLogger("huggingface_hub").setLevel("ERROR")  # it announces every retry
 TOY = Path(os.path.relpath(Path(__file__).resolve().parent / "toy"))  # the bundled world: the default paths
 Array = np.ndarray
@@ -389,7 +384,7 @@ def _read_json(path: Path) -> list:
 
 
 def _read_table(source: str, names: tuple) -> list[dict]:
-    import datasets  # here, since it takes a second that `--help` need not wait for
+    import datasets  # here, since it takes a second
 
     kind = FILES.get(Path(source).suffix)
     (datasets.disable_progress_bars if kind else datasets.enable_progress_bars)()  # a download may take long
@@ -514,10 +509,14 @@ def load_model(path: Path, dtype: torch.dtype = torch.float32) -> tuple[PreTrain
     Raises:
         BadInput: no model, one that lacks weights, or one that train.py wrote and that has been changed since.
     """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils.logging import disable_progress_bar
+
     require((path / "config.json").is_file(), f"{path}: no model folder here (it has no config.json)")
     model_identity(path, check=True)
+    disable_progress_bar()  # one per file read or written
     try:  # weights from safetensors alone, and no code of the model's: neither can run anything
-        safe, form = {"trust_remote_code": False}, {"dtype": dtype, "attn_implementation": attention.__name__}
+        safe, form = {"trust_remote_code": False}, {"dtype": dtype, "attn_implementation": our_attention()}
         model, report = AutoModelForCausalLM.from_pretrained(
             path, output_loading_info=True, use_safetensors=True, **form, **safe
         )
@@ -804,13 +803,22 @@ def attention(
             rows.append(torch.cat([*outputs, torch.zeros_like(queries[-1]).transpose(1, 2)], 1))
         return torch.cat(rows), None
     if query.device.type != "cpu":
+        from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
         return sdpa_attention_forward(module, query, key, value, mask, **others)
     options = {"is_causal": mask is None and query.shape[2] > 1, "scale": others["scaling"], "enable_gqa": True}
     return scaled_dot_product_attention(query, key, value, mask, **options).transpose(1, 2), None
 
 
-transformers.AttentionInterface.register(attention.__name__, attention)
-transformers.AttentionMaskInterface.register(attention.__name__, sdpa_mask)
+@functools.cache
+def our_attention() -> str:
+    """The name by which transformers knows `attention` from now on."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import sdpa_mask
+
+    AttentionInterface.register("cropi", attention)
+    AttentionMaskInterface.register("cropi", sdpa_mask)
+    return "cropi"
 
 
 class TransformersEngine:
@@ -859,11 +867,13 @@ class TransformersEngine:
         self, prompts: list[Sequence[int]], prompt_index: list[int], uniforms: Array, temperature: float
     ) -> list[Completion]:
         """One batch: P prompts, uniforms (P, K, C) in [0, 1), one for each token that may be sampled."""
+        from transformers import DynamicCache
+
         device = self.model.device
         _, samples, max_tokens = uniforms.shape
         random = torch.from_numpy(uniforms).to(device).flatten(0, 1)  # (P, K, C) -> (P*K, C)
         ids, mask = pad_left(prompts, device)  # (P, L)
-        position, cache = (mask.cumsum(1) - 1).clamp(min=0), transformers.DynamicCache(config=self.model.config)
+        position, cache = (mask.cumsum(1) - 1).clamp(min=0), DynamicCache(config=self.model.config)
         inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": position, "past_key_values": cache}
         logits = self.model(**inputs, use_cache=True, logits_to_keep=1).logits  # (P, 1, V): each prompt once ...
         cache.batch_repeat_interleave(samples)  # ... for its K completions
@@ -1111,6 +1121,7 @@ def above_zero(value: float | None) -> float | None:
 
 def command_line(app: typer.Typer) -> None:
     """Run a script's command line. Bad input, usage errors too, becomes one line; a bug keeps its traceback."""
+    gc.freeze()  # what the imports have made need not be looked through at the end, which takes a second
     command = typer.main.get_command(app)
     for each in [command, *getattr(command, "commands", {}).values()]:
         texts = dict(re.findall(r"^ {8}(\w+): (.*)", f"{rollout.__doc__}\n{each.callback.__doc__}", re.M))

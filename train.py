@@ -53,7 +53,7 @@ from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import numpy as np
 import torch
@@ -63,11 +63,12 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.checkpoint import checkpoint
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 import rollout
 from rollout import RANK, TOY, WORLD, Array, BadInput, Count, Natural, Positive, Trajectories, Weight, require
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 CODE = rollout.CODE | {"train": rollout.code_digest(__file__)}
 app = typer.Typer(**rollout.PLAIN)
@@ -217,7 +218,7 @@ def completion_logps(
     """
     segment, (rows, width), options = batch.segment, batch.ids.shape, {}
     if width > LONG:
-        model.set_attn_implementation(rollout.attention.__name__)
+        model.set_attn_implementation(rollout.our_attention())
         options["segments"] = [attention_masks(row) for row in segment]
         seen = segment.new_zeros(rows, 0, 0).bool()  # is not used
     else:
@@ -264,6 +265,13 @@ LOGITS = 1 << 26  # so many at a time
 # Many processes: each computes its share of a step's prompts. It holds all weights, or a share of each of them (FSDP2).
 
 
+def decoder_layers(model: torch.nn.Module) -> list[torch.nn.Module]:
+    """What gradient checkpointing and FSDP take one at a time."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+
+
 class LogProbs(torch.nn.Module):
     """`completion_logps` of a model as a module, since FSDP gathers weights for as long as a module is called."""
 
@@ -287,7 +295,7 @@ def shard_weights(model: PreTrainedModel, precision: torch.dtype) -> LogProbs:
     """
     root, rounded = LogProbs(model), precision == torch.bfloat16
     policy = MixedPrecisionPolicy(precision, reduce_dtype=torch.float32) if rounded else MixedPrecisionPolicy()
-    for module in [*(m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)), root]:
+    for module in [*decoder_layers(model), root]:
         fully_shard(module, mp_policy=policy)
         module.set_gradient_divide_factor(1.0)  # the sum of all processes, not the mean ...
         module.set_force_sum_reduction_for_comms(True)  # ... whatever the backend
@@ -577,7 +585,7 @@ def update(
     options = {name: getattr(o, name) for name in ("temperature", "clip", "kl", "entropy", "batch_tokens")}
     for _ in range(o.iterations):
         adamw.zero_grad(set_to_none=False)
-        layers = [module for module in root.modules() if isinstance(module, GradientCheckpointingLayer)]
+        layers = decoder_layers(root)
         for layer in layers:  # it asks for this flag, which those inside would take for dropout
             layer.training = o.gradient_checkpointing
         start = time.perf_counter()

@@ -70,7 +70,7 @@ def peak_flops() -> float:
 def random_model(shape, dtype: torch.dtype) -> torch.nn.Module:
     torch.manual_seed(0)
     with torch.device(rollout.device()):
-        model = AutoModelForCausalLM.from_config(shape, dtype=dtype, attn_implementation=rollout.attention.__name__)
+        model = AutoModelForCausalLM.from_config(shape, dtype=dtype, attn_implementation=rollout.our_attention())
     return model.eval()
 
 

@@ -14,7 +14,7 @@ a killed try left may be there, and all files must be readable as the umask says
 kills came: `.NAME.part` is there from before a file's first byte until after it has got its name.
 
 With `--processes N`, one process of each run is killed, at a moment drawn over the time of an undisturbed run, and
-`--max-restarts` does the rest.
+`--max-restarts` does the rest. A moment at which the process is not there is drawn again.
 """
 
 import argparse
@@ -232,8 +232,8 @@ def survive_restarts(processes: int, kills: int, seed: int) -> None:
                 assert run.wait() == 0, run.stderr.read()
             working, expected = time.monotonic() - clock, result(world / "whole")
             assert len(expected) > 50
-            for number in range(kills):
-                out, rank, moment = world / f"run-{number}", rng.randrange(processes), rng.uniform(0, working)
+            while (found := met.total() - met[ABSENT]) < kills:
+                out, rank, moment = world / f"run-{met.total()}", rng.randrange(processes), rng.uniform(0, working)
                 clock, run = time.monotonic(), start_many(world, out, processes, shard)
                 time.sleep(moment)
                 what = hit(out, {})[0] if kill_one(run, rank) else ABSENT
@@ -243,7 +243,8 @@ def survive_restarts(processes: int, kills: int, seed: int) -> None:
                 met[what] += 1
                 taken = time.monotonic() - clock
                 print(f"{shard}: rank {rank} after {moment:.1f} s, {what}: the same, in {taken:.1f} s", flush=True)
-        print(f"{shard}: {kills} kills in runs of {working:.1f} s ({met[ABSENT]} found nothing); all ended the same")
+        late = f"{met[ABSENT]} more moments found none"
+        print(f"{shard}: {found} processes killed in runs of {working:.1f} s ({late}); all ended the same")
 
 
 if __name__ == "__main__":

@@ -49,7 +49,6 @@ import torch
 import typer
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -58,7 +57,7 @@ import cropi  # noqa: E402
 import rollout  # noqa: E402
 from cropi import select  # noqa: E402
 from rollout import BadInput, above_zero, command_line, require  # noqa: E402
-from train import LOGITS  # noqa: E402
+from train import LOGITS, decoder_layers  # noqa: E402
 
 SKETCH = 8  # operations for each weight tensor and prompt, at most, beside the one that makes its gradient
 LAUNCH = 1e-5  # seconds, of an operation that has next to nothing to do
@@ -78,7 +77,7 @@ class Costs:
         self.matrices = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear))
         self.layers, self.width, self.vocabulary = config.num_hidden_layers, config.hidden_size, config.vocab_size
         self.largest = max(p.numel() for p in model.parameters())
-        blocks = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
+        blocks = decoder_layers(model)
         self.layer = max((sum(p.numel() for p in block.parameters()) for block in blocks), default=0)
         self.ends = self.weights - sum(p.numel() for block in blocks for p in block.parameters())
         layers = [m for m in model.modules() if isinstance(m, nn.Linear | nn.Embedding)]

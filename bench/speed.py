@@ -141,7 +141,7 @@ def sharing_heads(rounds: int, prompts: int = 8, samples: int = 8, max_tokens: i
         model, tokenizer = rollout.load_model(Path(folder))
     random, engine = np.random.default_rng(0), rollout.TransformersEngine(model, tokenizer)
     encoded = [random.integers(2, 6000, length).tolist() for length in random.integers(50, 150, prompts)]
-    seconds: dict[str, list[float]] = {rollout.attention.__name__: [], "sdpa": []}
+    seconds: dict[str, list[float]] = {rollout.our_attention(): [], "sdpa": []}
     sizes = {"samples": samples, "max_tokens": max_tokens, "temperature": 1.0, "seed": [0]}
     for number in range(rounds + 1):
         for name, values in seconds.items():

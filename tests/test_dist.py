@@ -55,7 +55,7 @@ def random_models(tied: bool, words: int = WORDS, width: int = 32, layers: int =
     torch.manual_seed(0)
     shape = {"vocab_size": words, "hidden_size": width, "intermediate_size": 2 * width, "num_hidden_layers": layers}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": tied}
-    policy = Qwen2ForCausalLM(Qwen2Config(**shape, **heads, attn_implementation=rollout.attention.__name__)).eval()
+    policy = Qwen2ForCausalLM(Qwen2Config(**shape, **heads, attn_implementation=rollout.our_attention())).eval()
     initial = copy.deepcopy(policy).requires_grad_(False)
     with torch.no_grad():
         for parameter in policy.parameters():

@@ -26,7 +26,7 @@ def policy() -> Qwen2ForCausalLM:
     shape = {"vocab_size": WORDS, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 4}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": False}
     ends = {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": None}
-    config = Qwen2Config(**shape, **heads, **ends, attn_implementation=rollout.attention.__name__)
+    config = Qwen2Config(**shape, **heads, **ends, attn_implementation=rollout.our_attention())
     model = Qwen2ForCausalLM(config)
     with torch.no_grad():
         for parameter in model.parameters():  # so that tokens differ in their probability
