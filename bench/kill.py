@@ -29,6 +29,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -217,6 +218,13 @@ def kill_one(run: subprocess.Popen, rank: int) -> bool:
     return False
 
 
+def was_making(out: Path) -> str:
+    """As `hit`; the other processes, and the new ones, may take files away while it looks."""
+    while True:
+        with suppress(FileNotFoundError):
+            return hit(out, {})[0]
+
+
 def survive_restarts(processes: int, kills: int, seed: int) -> None:
     """Raises:
     AssertionError: as `survive`.
@@ -236,7 +244,7 @@ def survive_restarts(processes: int, kills: int, seed: int) -> None:
                 out, rank, moment = world / f"run-{met.total()}", rng.randrange(processes), rng.uniform(0, working)
                 clock, run = time.monotonic(), start_many(world, out, processes, shard)
                 time.sleep(moment)
-                what = hit(out, {})[0] if kill_one(run, rank) else ABSENT
+                what = was_making(out) if kill_one(run, rank) else ABSENT
                 _, said = run.communicate()
                 assert run.returncode == 0, (what, said)
                 check(out, expected)
