@@ -207,7 +207,8 @@ def report_stage(run: Run, s: int, steps: int) -> dict:
     stage = run.stage(s) if s else run.out / "rollouts"
     tests = {name: rollout.totals(stage / f"test-{name}") for name in run.test}
     accuracy = {name: sums["rewards"] / sums["trajectories"] for name, sums in tests.items()}
-    entry = {"stage": s, "steps": steps, "accuracy": accuracy}
+    entry, k = {"stage": s, "steps": steps, "accuracy": accuracy}, run.settings["test"]["samples"]
+    entry["pass_at_k"] = {name: sums["solved"] * k / sums["trajectories"] for name, sums in tests.items()}
     entry["seconds_evaluation"] = sum(sums["seconds"] for sums in tests.values())
     if (fresh := stage / "rollouts" if s else stage).is_dir():
         sums = rollout.totals(*(fresh / name for name in run.sets(select.TRAJECTORIES)))
@@ -221,6 +222,7 @@ def report_stage(run: Run, s: int, steps: int) -> dict:
         "steps": steps + len(trained["log"]),
         "chosen": len(chosen_prompts(run, s)),
         "reward": float(np.mean([line["reward"] for line in trained["log"]])),
+        "answers": answers(trained["completions"]),
         "diagnostics": choice["diagnostics"],
         "trajectories_training": sum(line["trajectories"] for line in trained["log"]),
         "seconds_scoring": choice["seconds"] + scored["seconds"],
@@ -253,12 +255,19 @@ def accuracies(entry: dict) -> str:
 
 
 def stage_line(entry: dict, pool: list[dict], chosen: Array, column: str, most: int = 4) -> str:
-    """A stage in one line: what was chosen, what came of it, what it cost."""
+    """A stage in one line: what was chosen, what came of it, what it cost; and below it a right and a wrong answer."""
     groups = Counter(str(pool[i].get(column, "all")) for i in chosen)
     shares = ", ".join(f"{name} {count / len(chosen):.0%}" for name, count in groups.most_common(most))
     costs = ", ".join(f"{part} {entry[f'seconds_{part}']:.1f} s" for part in PARTS if f"seconds_{part}" in entry)
     more = " ..." if len(groups) > most else ""
-    return f"{len(chosen)} chosen ({shares}{more}), reward {entry['reward']:.3f}; {accuracies(entry)}; {costs}"
+    said = f"{len(chosen)} chosen ({shares}{more}), reward {entry['reward']:.3f}; {accuracies(entry)}; {costs}"
+    return "\n    ".join([said, *entry["answers"]])
+
+
+def answers(completions: list[dict], most: int = 60) -> list[str]:
+    """The last right and the last wrong completion of a stage: how the prompt begins and the answer ends."""
+    last = {"right" if one["reward"] >= rollout.RIGHT else "wrong": one for one in completions}
+    return [f"{name}: {one['prompt'][:most]!r} -> {one['text'][-most:]!r}" for name, one in sorted(last.items())]
 
 
 PARTS = ("rollout", "scoring", "training")
@@ -341,6 +350,8 @@ def parse_settings(assignments: list[str]) -> dict[str, dict[str, object]]:
             settings[use][option] = options[option].process_value(typer.Context(typer.main.get_command(app)), value)
         except typer.BadParameter as error:
             raise BadInput(f"--set {text}: {error.message}") from None
+    ours = {name: settings["train"][name] for name in ("loss", "mask_truncated") if name in settings["train"]}
+    settings["project"] = ours | settings["project"]  # what is ranked is what is ascended
     for use in USES:  # those of `rollout` hold for the others, too
         names = options_of(use).keys() if use in SAMPLES else options_of(use).keys() & SHARED
         settings[use] = {o: v for o, v in settings["rollout"].items() if o in names} | settings[use]
@@ -529,10 +540,21 @@ def follow(run: Run, stages: int, prompts: rollout.Prompts, group_by: str) -> No
         draw_curve(run.out / "curve.png", entries, targeted, title)
         draw_selection(run.out / "selection.png", prompts, chosen, group_by, title)
         report = {"selector": run.selector, "seed": run.seed, "targeted": targeted, "evaluations": entries}
+        report["test_samples"] = run.settings["test"]["samples"]
         with rollout.new_file(run.out / "report.json") as temporary:
             temporary.write_text(json.dumps(report, indent=1) + "\n")
         print_table(entries, targeted)
         say(f"{run.out}: curve.png, selection.png, report.json (seconds are those of all processes, added up)")
+        say("\n    ".join(["next:", *what_next(run)]))
+
+
+def what_next(run: Run) -> list[str]:
+    """Commands for a page to read, and for a comparison with prompts chosen at random."""
+    other = str(run.out.with_name(f"random-{run.seed}"))
+    commands = [["bench/report.py", str(run.out)], ["cropi.py", *sys.argv[1:], "--selector", "random", "--out", other]]
+    commands += [["bench/compare.py", str(run.out), other]]
+    alone = run.selector == "random" or Path(sys.argv[0]).name != "cropi.py"
+    return [shlex.join(["python", *words]) for words in (commands[:1] if alone else commands)]
 
 
 if __name__ == "__main__":

@@ -20,8 +20,11 @@ Writes  a folder with a shard for each shard of trajectories. It has one row for
 For prompt x with K trajectories τ_k ~ β, tokens a_kt and histories h_kt, the gradient is that of the first term of the
 objective in `train.py` without clipping, with the stored trajectories in place of fresh ones:
 
-    ĝ(x;θ) = 1/K Σ_k 1/|τ_k| Σ_t w_kt Â_k ∇log π_θ(a_kt|h_kt)                                                  (2)
+    ĝ(x;θ) = 1/K Σ_k 1/ℓ_k Σ_t w_kt Â_k ∇log π_θ(a_kt|h_kt)                                                    (2)
     g̃(x;θ) = P M ĝ(x;θ)                                                                                       (3)
+
+ℓ_k is |τ_k|; `--loss` and `--mask-truncated` are those of training (train.py), with the mean length of the whole set's
+completions for dapo.
 
 With ρ_kt = π_θ(a_kt|h_kt) / β(a_kt|h_kt), `--ratio` sets the weight w_kt, and `--cap` an upper bound on it:
 
@@ -90,7 +93,7 @@ from torch import Tensor, nn
 import rollout
 import train
 from rollout import TOY, Array, Count, Dtype, Given, Natural, Share, Trajectories, require
-from train import Batch, collate, completion_logps, k3_kl, micro_batches
+from train import LOSSES, Batch, Loss, collate, completion_logps, k3_kl, micro_batches
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -322,11 +325,16 @@ class GradientSketcher:
 
 
 def project_groups(
-    sketcher: GradientSketcher, groups: Trajectories, halved: Array, temperature: float, batch_tokens: int
+    sketcher: GradientSketcher,
+    groups: Trajectories,
+    halved: Array,
+    temperature: float,
+    batch_tokens: int,
+    loss: Loss = Loss(),
 ) -> dict[str, Array]:
     """The tensors of a shard for N live groups, of which `halved` (N,) bool are sketched half by half.
 
-    A gradient is the sum over the pieces of its group: a token weighs 1/(K|τ_k|), K counting the whole group.
+    A gradient is the sum over the pieces of its group: a token weighs 1/(Kℓ_k), K counting the whole group.
 
     Raises:
         BadInput: NaN or infinity, naming the prompts.
@@ -335,7 +343,7 @@ def project_groups(
     sketch, first_half = (torch.zeros(len(halved), k, device=device) for _ in range(2))
     log_ratio = np.zeros(len(groups.tokens), np.float32)
     for pieces in micro_batches(groups, range(len(halved)), batch_tokens, halved):
-        batch = collate(groups, pieces, device)
+        batch = collate(groups, pieces, device, loss)
         sketches, logps = sketcher.sketch(batch, temperature)  # (P, k), (T,)
         log_ratio[batch.stored] = (logps - batch.behavior_logps).cpu().numpy()
         for (n, ks), piece in zip(pieces, sketches, strict=True):
@@ -368,6 +376,8 @@ def project(
     model: Path = TOY / "model",
     ratio: Literal[RATIOS] = "token",
     cap: Annotated[float | None, typer.Option(callback=rollout.above_zero)] = None,
+    loss: Literal[LOSSES] = "grpo",
+    mask_truncated: bool = False,
     k: Count = 4096,
     sparse_ratio: Share = 1.0,
     halves: Natural = 512,
@@ -383,6 +393,8 @@ def project(
         model: Model folder of the current policy.
         ratio: Importance weight of a token; token is the paper's.
         cap: Upper bound on these weights.  [default: none]
+        loss: The loss of training, whose gradient is wanted: see train.py.
+        mask_truncated: As in train.py.
         k: Dimensions of the sketch; the paper's is 32768.
         sparse_ratio: r, the share of gradient coordinates kept.
         halves: So many prompts of the set are, if live, also sketched half by half, as a check.
@@ -393,11 +405,15 @@ def project(
     sampled = next(iter(shards.values()))["recipe"]
     foreign = f"{trajectories} was sampled by another model than {model} or those it was trained from"
     require(sampled["inputs"]["model"] in train.lineage(model), f"{foreign}; run rollout.py again")
-    live, count = rollout.totals(trajectories)["live"], sampled["shard"]["count"]
+    sums, count = rollout.totals(trajectories), sampled["shard"]["count"]
     rollout.use_deterministic(deterministic)
     rollout.check_out(out)
     inputs = {"model": rollout.model_identity(model), "data": sampled["inputs"]["data"]}
     options["temperature"] = temperature = sampled["options"]["temperature"]
+    live, longest = sums["live"], sampled["options"]["max_tokens"]
+    kept = sums["tokens"] - mask_truncated * sums["truncated"] * longest  # a truncated one has so many
+    inputs["length"] = (kept or 1) / sums["trajectories"] if loss == "dapo" else None  # of the whole set
+    weighing = Loss(loss, inputs["length"] or longest, mask_truncated)
     recipe = rollout.make_recipe("gradients", CODE, options, **inputs)
     of_shards = [record["recipe"]["shard"] | {"trajectories": record["identity"]} for record in shards.values()]
     if missing := rollout.unmade(out, [recipe | {"shard": shard} for shard in of_shards]):
@@ -413,7 +429,7 @@ def project(
             groups = groups.take(groups.live())
             halved = np.isin(groups.prompt_index, chosen) & (groups.samples % 2 == 0)  # an odd K has no halves
             with train.named(str(trajectories / path.name)):
-                tensors = project_groups(sketcher, groups, halved, temperature, batch_tokens)
+                tensors = project_groups(sketcher, groups, halved, temperature, batch_tokens, weighing)
             seconds, clock = time.perf_counter() - clock, time.perf_counter()
             counts = {name: record["facts"][name] for name in ("trajectories", "rewards", "truncated", "live")}
             rollout.save(path, tensors, made_from, rollout.facts(seconds, **counts))

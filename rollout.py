@@ -2,6 +2,7 @@
 
     python rollout.py --data toy/train.jsonl --out runs/mine/rollouts/train
     python rollout.py --data toy/test-rev.jsonl --samples 4 --out runs/mine/test-rev   # evaluation: the mean reward
+    python rollout.py show runs/mine/test-rev                                          # what the model said
 
 Reads   a causal language model and a data set, each a local path or the name of one on the Hugging Face Hub.
 Writes  a folder of shards, 00000.safetensors, 00001.safetensors ..., each with the K trajectories of its N prompts:
@@ -126,9 +127,14 @@ class Trajectories:
         """The prompts n whose rewards differ. In all others every advantage, and so the gradient, is exactly 0."""
         return np.flatnonzero(np.ptp(self.rewards, axis=1) > 0)
 
+    def right(self) -> Array:
+        """Which completions are right, (N, K) bool."""
+        return self.rewards >= RIGHT
+
     def counts(self) -> dict[str, float]:
-        """Facts of a shard that add up over shards."""
+        """Facts of a shard that add up over shards. `solved` are the prompts with a right completion (pass@K)."""
         counts = {"trajectories": self.rewards.size, "tokens": len(self.tokens), "live": len(self.live())}
+        counts["solved"] = int(self.right().any(1).sum())
         return counts | {name: getattr(self, name).sum(dtype=float) for name in ("rewards", "truncated")} | self.failed
 
     def take(self, kept: Array) -> Trajectories:
@@ -139,7 +145,28 @@ class Trajectories:
         return Trajectories(*(getattr(self, name)[of.get(name, prompts)] for name in TENSORS))
 
 
+RIGHT = 1.0  # the reward of a right answer; custom rewards may be larger
 TENSORS = tuple(name for name in Trajectories.__dataclass_fields__ if name != "failed")
+
+
+def join(parts: Sequence[Trajectories]) -> Trajectories:
+    """Those of different prompts, one part after another."""
+    joined = Trajectories(*(np.concatenate([getattr(part, name) for part in parts]) for name in TENSORS))
+    joined.failed = dict(sum((Counter(part.failed) for part in parts), Counter()))
+    return joined
+
+
+def group_advantages(rewards: Tensor, scale: bool = True) -> Tensor:
+    """Â_k = (R_k - mean R) / (std R + 1e-6): (P, K) -> (P, K). Equation 2; std is the sample's (divided by K - 1).
+
+    Args:
+        scale: divide by the standard deviation (Dr. GRPO does not).
+
+    >>> group_advantages(torch.tensor([[1.0, 0.0, 0.0, 0.0]]))  # mean 1/4, std 1/2
+    tensor([[ 1.5000, -0.5000, -0.5000, -0.5000]])
+    """
+    centered = rewards - rewards.mean(1, keepdim=True)
+    return centered / (rewards.std(1, keepdim=True) + 1e-6) if scale else centered
 
 
 def load_trajectories(path: Path) -> tuple[Trajectories, dict]:
@@ -183,7 +210,7 @@ def sample_trajectories(
         rewards=np.zeros((len(ids), o.samples), np.float32),
         truncated=np.array([c.truncated for c in completions], np.uint8).reshape(-1, o.samples),
     )
-    if policy is not None:
+    if policy is not None and ids:
         engine.check(policy, trajectories, o.temperature)
     texts = tokenizer.batch_decode([c.tokens.tolist() for c in completions], skip_special_tokens=True)
     repeated = [rows[i] for i in picked for _ in range(o.samples)]  # (N*K,)
@@ -262,10 +289,12 @@ def rollout(
     if missing and RANK == 0:
         sums = totals(out)
         mean, cut = (sums[name] / sums["trajectories"] for name in ("rewards", "truncated"))
-        said = f"{sums['trajectories'] // samples} prompts x {samples}, mean reward {mean:.3f}, {sums['live']} live"
+        prompts = sums["trajectories"] // samples
+        said = f"{prompts} prompts x {samples}, mean reward {mean:.3f}, pass@{samples} {sums['solved'] / prompts:.3f}"
         ways = "more than half of the answers were cut off: raise --max-tokens (--set rollout.max_tokens=N)"
         failed = f", {sums['errors']} verdict errors, {sums['timeouts']} timeouts" if reward != "exact" else ""
-        say(f"{out}: {said} prompts, {cut:.1%} truncated{failed}" + (f"\nwarning: {ways}" if cut > 0.5 else ""))
+        failed += f"\nwarning: {ways}" if cut > 0.5 else ""
+        say(f"{out}: {said}, {sums['live']} live prompts, {cut:.1%} truncated{failed}")
 
 
 def make_shards(missing: dict[Path, dict], rows: Prompts, o: SimpleNamespace) -> None:
@@ -284,6 +313,39 @@ def make_shards(missing: dict[Path, dict], rows: Prompts, o: SimpleNamespace) ->
         seconds, clock = time.perf_counter() - clock, time.perf_counter()
         made = facts(seconds, model=str(o.model), data=o.data, **trajectories.counts())
         save(path, trajectories.tensors(), recipe, made)
+
+
+showing = typer.Typer(**PLAIN)
+showing.callback()(lambda: None)  # so that `show` is a word of the command line
+
+
+@showing.command(help="Print what a model said: prompts, and completions with reward, advantage Â and tokens.")
+def show(
+    folder: Annotated[Path, typer.Argument(help="Folder of trajectories that rollout.py wrote.")],
+    prompts: Count = 5,
+    sort: Literal["reward", "length", "prompt"] = "prompt",
+    model: Path | None = None,
+) -> None:
+    """
+    Args:
+        prompts: How many prompts.
+        sort: Order of the prompts: highest mean reward first, longest completions first, or as in the data.
+        model: Model folder with the tokenizer.  [default: the one that sampled]
+    """
+    from transformers import AutoTokenizer
+
+    records = shards(folder, "trajectories")
+    t = join([load_trajectories(path)[0] for path in records])
+    advantages, folder = group_advantages(torch.from_numpy(t.rewards)), next(iter(records.values()))["facts"]["model"]
+    tokenizer = AutoTokenizer.from_pretrained(model_folder(model or Path(folder)), trust_remote_code=False)
+    read = functools.partial(tokenizer.decode, skip_special_tokens=True)
+    key = {"reward": -t.rewards.mean(1), "length": -t.length.mean(1), "prompt": t.prompt_index}[sort]
+    for n in np.argsort(key, kind="stable")[:prompts]:
+        typer.secho(f"prompt {t.prompt_index[n]}: {read(t.prompt(n))}\n  reward      Â  tokens", bold=True)
+        for k in range(t.samples):
+            about = f"{t.rewards[n, k]:8.2f} {advantages[n, k]:+6.2f} {t.length[n, k]:7d}  "
+            text = read(t.tokens[t.span(n, k)]) + " [truncated]" * int(t.truncated[n, k])
+            typer.secho(about + text.replace("\n", "\n" + " " * len(about)), fg="green" if t.right()[n, k] else "red")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1455,4 +1517,4 @@ def model_identity(folder: Path, check: bool = False) -> str:
 
 
 if __name__ == "__main__":
-    command_line(app)
+    command_line(showing if sys.argv[1:2] == ["show"] else app)

@@ -7,13 +7,15 @@ Writes  into the folder --out:
 
     model/                   a Hugging Face checkpoint; cropi.json in it holds, among the facts, a line per step
     optimizer/               shards with AdamW's moments, NAME.exp_avg and NAME.exp_avg_sq for every parameter NAME
-    metrics.jsonl            the lines once more, for other tools
+    metrics.jsonl            the lines once more, for other tools (docs/metrics.md)
+    completions.jsonl        for people: of each step the best and the worst completion of a prompt
     checkpoint/STEPS/        every --save-every seconds, until the model is there: weights, moments, lines so far
 
 A step samples K completions for a batch of P prompts and ascends
 
-    J = 1/(PK) Σ_x Σ_k 1/|τ_k| Σ_t [ min(ρ_kt Â_k, clip(ρ_kt, 1-ε, 1+ε) Â_k) - c_KL k3_kt + c_H H_kt ]     (6)
+    J = 1/(PK) Σ_x Σ_k 1/ℓ_k Σ_t [ min(ρ_kt Â_k, clip(ρ_kt, 1-ε, 1+ε) Â_k) - c_KL k3_kt + c_H H_kt ]       (6)
 
+    ℓ_k   = |τ_k|, the paper's; `--loss` has others
     Â_k   = (R_k - mean R) / (std R + 1e-6)       over the K completions of the prompt; std divides by K - 1
     ρ_kt  = π_θ(a_kt|h_kt) / π_sampling(a_kt|h_kt)
     k3_kt = q - log q - 1 with q = π_initial(a_kt|h_kt) / π_θ(a_kt|h_kt)
@@ -24,7 +26,11 @@ its log-probs are compared with the policy's, and a difference stops the run. We
 bfloat16, as on CUDA, matrix products are autocast.
 
 The first term is the one whose gradient `project.py` takes prompt by prompt, without clipping: what is ranked is what
-is ascended.
+is ascended. For ablations, `--loss` says what a token weighs, here and there:
+
+    grpo     ℓ_k = |τ_k|: every completion weighs the same
+    dapo     ℓ_k = the mean |τ| of the step's completions: every token weighs the same (Yu et al., 2503.14476)
+    dr_grpo  ℓ_k = --max-tokens, and Â_k = R_k - mean R: lengths and spreads change no weight (Liu et al., 2503.20783)
 
 Deviations from the paper's RL stage (and from the released code, whose RL is verl's):
  1. Groups whose rewards are all equal cost no forward pass. Their policy gradient is exactly 0; their KL and entropy
@@ -50,7 +56,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -76,25 +82,45 @@ app = typer.Typer(**rollout.PLAIN)
 # ---------------------------------------------------------------------------------------------------------------------
 # The formulas
 
+LOSSES = ("grpo", "dapo", "dr_grpo")
 
-def group_advantages(rewards: Tensor) -> Tensor:
-    """Â_k = (R_k - mean R) / (std R + 1e-6): (P, K) -> (P, K). Equation 2; std is the sample's (divided by K - 1).
 
-    >>> group_advantages(torch.tensor([[1.0, 0.0, 0.0, 0.0]]))  # mean 1/4, std 1/2
-    tensor([[ 1.5000, -0.5000, -0.5000, -0.5000]])
+@dataclass(frozen=True)
+class Loss:
+    """What a token weighs in the objective (6), and in the gradient of project.py (2).
+
+    Args:
+        name: one of LOSSES.
+        length: ℓ of dapo and dr_grpo.
+        mask_truncated: truncated completions weigh nothing; their rewards stay in the others' Â.
     """
-    return (rewards - rewards.mean(1, keepdim=True)) / (rewards.std(1, keepdim=True) + 1e-6)
+
+    name: str = "grpo"
+    length: float = 1.0
+    mask_truncated: bool = False
+
+    def weights(self, trajectories: Trajectories) -> Array:
+        """1/(Kℓ_k) for the tokens of each trajectory, (N, K)."""
+        length = trajectories.length if self.name == "grpo" else self.length
+        return (1 - trajectories.truncated * self.mask_truncated) / (trajectories.samples * length)
+
+    def advantages(self, rewards: Array) -> Tensor:
+        """Â_k: (P, K) -> (P, K)."""
+        return rollout.group_advantages(torch.from_numpy(rewards), scale=self.name != "dr_grpo")
 
 
-def policy_objective(logps: Tensor, behavior_logps: Tensor, advantages: Tensor, clip: float) -> Tensor:
+def policy_objective(
+    logps: Tensor, behavior_logps: Tensor, advantages: Tensor, clip: float, clip_high: float | None = None
+) -> Tensor:
     """min(ρ Â, clip(ρ, 1-ε, 1+ε) Â) per token (6). Its gradient, where nothing is clipped, is ρ Â ∇log π (2).
 
     Args:
         logps, behavior_logps: (T,) log-probs of the tokens under π_θ and under the policy that sampled them.
         advantages: (T,) Â_k of the trajectory that a token belongs to.
+        clip_high: ε of the upper bound, if it is another.
     """
     ratio = torch.exp(logps - behavior_logps)
-    return torch.minimum(ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages)
+    return torch.minimum(ratio * advantages, ratio.clamp(1 - clip, 1 + (clip_high or clip)) * advantages)
 
 
 def k3_kl(logps: Tensor, initial_logps: Tensor) -> Tensor:
@@ -124,12 +150,12 @@ class Batch:
     valid: Tensor  # (P, C) False at padding; the T tokens stand as they are stored
     behavior_logps: Tensor  # (T,)
     advantages: Tensor  # (T,) Â_k of its trajectory
-    weight: Tensor  # (T,) 1/(K|τ_k|), K being the size of the whole group
+    weight: Tensor  # (T,) 1/(Kℓ_k), K being the size of the whole group
     length: list[int]  # |τ| of each trajectory; T in all
     stored: Array  # (T,) where the tokens stand among those of all trajectories
 
 
-def collate(trajectories: Trajectories, pieces: Sequence[Piece], device: torch.device) -> Batch:
+def collate(trajectories: Trajectories, pieces: Sequence[Piece], device: torch.device, loss: Loss = Loss()) -> Batch:
     """Lay the pieces out in rows. A trajectory's advantage is that in its whole group, whatever the piece."""
     groups, samples = [n for n, _ in pieces], trajectories.samples
     m = np.concatenate([n * samples + np.asarray(ks) for n, ks in pieces])  # (S,) the trajectories, n*K + k
@@ -156,7 +182,7 @@ def collate(trajectories: Trajectories, pieces: Sequence[Piece], device: torch.d
     target[place], source[place] = trajectories.tokens[stored], start - 1 + np.where(t > 0, ahead[s] + t, 0)
     valid = np.zeros(target.shape, bool)
     valid[place] = True
-    advantages = group_advantages(torch.from_numpy(trajectories.rewards[groups]))[piece, m % samples]  # (P, K) -> (S,)
+    advantages = loss.advantages(trajectories.rewards[groups])[piece, m % samples]  # (P, K) -> (S,)
     to = functools.partial(torch.as_tensor, device=device)
     return Batch(
         prompt_index=trajectories.prompt_index[groups].tolist(),
@@ -164,7 +190,7 @@ def collate(trajectories: Trajectories, pieces: Sequence[Piece], device: torch.d
         **{"target": to(target), "source": to(source), "valid": to(valid)},
         behavior_logps=to(trajectories.behavior_logps[stored]),
         advantages=advantages[s].to(device),
-        weight=to(1 / (samples * length[s]), dtype=torch.float32),
+        weight=to(loss.weights(trajectories).flatten()[m][s], dtype=torch.float32),
         length=length.tolist(),
         stored=stored,
     )
@@ -363,42 +389,92 @@ def grpo_step(
     initial: LogProbs | None,
     trajectories: Trajectories,
     *,
-    prompts: int,
+    batch: Sequence[int],
     temperature: float,
     clip: float,
     kl: float,
     entropy: float,
     batch_tokens: int,
-) -> Counter:
+    loss: Loss = Loss(),
+    clip_high: float | None = None,
+) -> dict[str, float]:
     """Add the gradient of -J (6) to the parameters' `.grad`, micro-batch by micro-batch.
 
-    Returns J, and sums over the tokens of live groups: the KL, the entropy, ratios outside 1 ± ε, and their number.
+    Returns J, and sums over the tokens of live groups: the KL, the entropy, ratios outside 1 ± ε, |log ρ|, and their
+    number; and the largest |log ρ|.
 
     Every sequence weighs 1/(PK) whichever micro-batch it is in, so their size changes nothing beyond rounding.
 
     Args:
         trajectories: those of this process.
-        prompts: P, those of all processes.
+        batch: the step's P prompts, of all processes; what else there is among the trajectories does not count.
     """
-    batches, sums = [(1, p) for p in micro_batches(trajectories, trajectories.live(), batch_tokens)], Counter()
+    live = [n for n in trajectories.live() if trajectories.prompt_index[n] in batch]
+    batches, sums, largest = [(1, p) for p in micro_batches(trajectories, live, batch_tokens)], Counter(), 0.0
     if isinstance(policy, FSDPModule):  # all must call the layers equally often: a trajectory with weight 0 fills up
         batches += [(0, [(0, [0])])] * (max(rollout.gather(len(batches))) - len(batches))
     for counts, pieces in batches:
-        batch = collate(trajectories, pieces, rollout.device())
-        logps, token_entropy = policy(batch, temperature, with_entropy=True)
-        value = policy_objective(logps, batch.behavior_logps, batch.advantages, clip) + entropy * token_entropy
+        laid = collate(trajectories, pieces, rollout.device(), loss)
+        logps, token_entropy = policy(laid, temperature, with_entropy=True)
+        value = policy_objective(logps, laid.behavior_logps, laid.advantages, clip, clip_high)
+        value = value + entropy * token_entropy
         token_kl = torch.zeros_like(logps)
         if initial is not None:
             with torch.no_grad():
-                initial_logps, _ = initial(batch, temperature)
+                initial_logps, _ = initial(laid, temperature)
             token_kl = k3_kl(logps, initial_logps)
-        objective = counts * (batch.weight * (value - kl * token_kl)).sum() / prompts
+        objective = counts * (laid.weight * (value - kl * token_kl)).sum() / len(batch)
         (-objective).backward()
-        outside = ((logps - batch.behavior_logps).exp() - 1).abs() > clip
-        means = {"kl": token_kl, "entropy": token_entropy, "outside_clip": outside}
+        log_ratio = (logps - laid.behavior_logps).detach()
+        outside = (log_ratio.exp() < 1 - clip) | (log_ratio.exp() > 1 + (clip_high or clip))
+        means = {"kl": token_kl, "entropy": token_entropy, "outside_clip": outside, "log_ratio": log_ratio.abs()}
         sums.update({name: counts * values.detach().sum().item() for name, values in means.items()})
         sums.update(objective=objective.item(), live_tokens=counts * len(logps))
-    return sums
+        largest = max(largest, counts * log_ratio.abs().max().item())
+    return dict(sums) | {"largest_log_ratio": largest}
+
+
+DRAWS = 3  # at most, in a step with dynamic sampling
+
+
+def draw_batch(
+    sample: Callable[[Array], Trajectories], order: Array, prompts: int, o: SimpleNamespace
+) -> tuple[Trajectories, list[int], Loss]:
+    """Sample the first P prompts of the order. With dynamic sampling, sample the next P, and once more, until P groups
+    are live: the batch is these, or fewer. Every process samples its share of each P.
+
+    Returns this process's trajectories, the batch's prompts, and what a token weighs.
+    """
+    parts, batch = [], order[:prompts].tolist()
+    for first in range(0, len(order), prompts):
+        parts.append(sample(order[first : first + prompts][RANK::WORLD]))
+        trajectories = rollout.join(parts)
+        if o.dynamic_sampling:
+            live = set().union(*rollout.gather(trajectories.prompt_index[trajectories.live()].tolist()))
+            batch = [i for i in order.tolist() if i in live][:prompts]
+        if len(batch) == prompts:
+            break
+    loss = Loss(o.loss, o.max_tokens, o.mask_truncated)
+    if o.loss == "dapo":
+        tokens = trajectories.length * replace(loss, length=1).weights(trajectories)  # (N, K); those not masked, over K
+        means = rollout.gather(tokens[np.isin(trajectories.prompt_index, batch)].sum())
+        loss = replace(loss, length=(sum(means) or 1) / max(1, len(batch)))
+    return trajectories, batch, loss
+
+
+def to_read(trajectories: Trajectories, tokenizer: PreTrainedTokenizerBase, step: int) -> list[dict]:
+    """The best and the worst completion of the first live group, for people."""
+    n = int([*trajectories.live(), 0][0])
+    rewards, read = trajectories.rewards[n], functools.partial(tokenizer.decode, skip_special_tokens=True)
+    advantages = rollout.group_advantages(torch.from_numpy(rewards[None]))[0]
+    return [
+        {
+            **{"step": step, "prompt_index": int(trajectories.prompt_index[n]), "prompt": read(trajectories.prompt(n))},
+            **{"text": read(trajectories.tokens[trajectories.span(n, k)]), "reward": float(rewards[k])},
+            **{"advantage": advantages[k].item(), "truncated": bool(trajectories.truncated[n, k])},
+        }
+        for k in (int(rewards.argmax()), int(rewards.argmin()))
+    ]
 
 
 def warn_of_collapse(log: list[dict], patience: int = 10) -> None:
@@ -479,7 +555,7 @@ def run_stage(out: Path, recipe: dict, o: SimpleNamespace, rows: rollout.Prompts
     if len(kept) < o.batch_prompts / 4:
         rollout.say(f"warning: {len(kept)} prompts are chosen, and a batch has room for {o.batch_prompts}")
     adamw = torch.optim.AdamW(policy.parameters(), lr=o.lr, weight_decay=0.0, fused=True)
-    random, facts = np.random.default_rng(o.seed), {"adam_steps": 0, "log": [], "seconds": 0.0}
+    random, facts = np.random.default_rng(o.seed), {"adam_steps": 0, "log": [], "completions": [], "seconds": 0.0}
     unfinished = recipe | {"kind": "checkpoint"}
     if begun := last_checkpoint(out / "checkpoint", unfinished):
         facts = restore(policy, adamw, begun, "checkpoint")
@@ -494,20 +570,22 @@ def run_stage(out: Path, recipe: dict, o: SimpleNamespace, rows: rollout.Prompts
     log, saved, allowed = facts["log"], time.monotonic(), max(1, o.max_errors * o.samples * o.batch_prompts)
     bar = rollout.progress(range(len(log), o.steps), "train", "step", len(log))
     for step in bar:
-        picked = random.choice(list(prompt_ids), prompts, replace=False)[RANK::WORLD]
+        most = min(len(prompt_ids), prompts * (DRAWS if o.dynamic_sampling else 1))
+        order = random.choice(list(prompt_ids), most, replace=False)
         with named(f"step {step}"):
             start, seed = time.perf_counter(), [o.seed, step]
             with gathered(root), autocast(root, o.dtype):
                 if step:  # of a resumed stage, the first one too
                     engine.sync(policy)
-                trajectories = rollout.sample_trajectories(
-                    engine, tokenizer, rows, prompt_ids, picked, o, seed, policy=policy, allowed=allowed
-                )
+                how = {"o": o, "seed": seed, "policy": policy, "allowed": allowed}
+                sample = functools.partial(rollout.sample_trajectories, engine, tokenizer, rows, prompt_ids, **how)
+                trajectories, batch, loss = draw_batch(sample, order, prompts, o)
             sampled = time.perf_counter() - start
-            counts = update(root, initial, adamw, trajectories, o, prompts)
+            counts = update(root, initial, adamw, trajectories, o, batch, loss)
         counts |= {"seconds_rollout": sampled, "save": time.monotonic() - saved >= o.save_every}
         each = rollout.gather(counts)
-        log.append({"step": step, "prompts": prompts} | metrics(each))
+        log.append({"step": step, "prompts": len(batch)} | metrics(each))
+        facts["completions"] += to_read(trajectories, tokenizer, step)
         bar.set_postfix(reward=f"{log[-1]['reward']:.2f}")
         warn_of_collapse(log)
         facts["adam_steps"] += o.iterations
@@ -539,7 +617,8 @@ def save_stage(
         if RANK == 0:
             policy.save_pretrained(temporary, state_dict={name: torch.from_numpy(x) for name, x in weights.items()})
             tokenizer.save_pretrained(temporary)
-            about = {"log": facts["log"], "ancestors": lineage(o.model), "model": str(o.model), "data": o.data}
+            kept = {name: facts[name] for name in ("log", "completions")}
+            about = kept | {"ancestors": lineage(o.model), "model": str(o.model), "data": o.data}
             identity = write_record(temporary, recipe, rollout.facts(facts["seconds"], **about))
         about = {"model": rollout.gather(identity)[0], "adam_steps": facts["adam_steps"]}
         save_state(out / "optimizer", moments_of(policy, adamw), recipe | {"kind": "optimizer"}, about)
@@ -574,15 +653,16 @@ def update(
     adamw: torch.optim.AdamW,
     trajectories: Trajectories,
     o: SimpleNamespace,
-    prompts: int,
-) -> dict[str, float]:
-    """Ascend J on a step's trajectories, of which each process has some; returns what this one counted.
+    batch: Sequence[int],
+    loss: Loss = Loss(),
+) -> dict:
+    """Ascend J on a step's batch of prompts; each process has the trajectories of some. Returns what `metrics` needs.
 
     Raises:
         BadInput: NaN or infinity in the gradient.
     """
-    clock, busy = time.perf_counter(), 0.0
-    options = {name: getattr(o, name) for name in ("temperature", "clip", "kl", "entropy", "batch_tokens")}
+    clock, busy, first = time.perf_counter(), 0.0, {}
+    options = {name: getattr(o, name) for name in ("temperature", "clip", "clip_high", "kl", "entropy", "batch_tokens")}
     for _ in range(o.iterations):
         adamw.zero_grad(set_to_none=False)
         layers = decoder_layers(root)
@@ -590,7 +670,8 @@ def update(
             layer.training = o.gradient_checkpointing
         start = time.perf_counter()
         with autocast(root, o.dtype):
-            sums = grpo_step(root, initial, trajectories, prompts=prompts, **options)
+            sums = grpo_step(root, initial, trajectories, batch=batch, loss=loss, **options)
+        first = first or sums
         busy += time.perf_counter() - start
         for layer in layers:
             layer.training = False
@@ -599,26 +680,31 @@ def update(
         norm = torch.nn.utils.clip_grad_norm_(root.parameters(), o.max_grad_norm).item()
         require(np.isfinite(norm), f"gradient is not finite at prompts {sorted(trajectories.prompt_index.tolist())}")
         adamw.step()
-    seconds = {"seconds_update": time.perf_counter() - clock, "seconds_busy": busy}
-    return trajectories.counts() | sums | {"grad_norm": norm} | seconds
+    groups = {name: getattr(trajectories, name) for name in ("rewards", "length", "truncated")}
+    counts = {"sums": sums | {"log_ratio": first["log_ratio"]} | trajectories.failed, "grad_norm": norm}
+    counts["largest_log_ratio"] = first["largest_log_ratio"]  # before the first update: engine against trainer
+    return counts | groups | {"seconds_update": time.perf_counter() - clock, "seconds_busy": busy}
 
 
-def metrics(each: list[dict[str, float]]) -> dict[str, float]:
-    """A line of the log, from what each process counted in a step."""
-    sums = Counter()
-    for counts in each:
-        sums.update(counts)
-    tokens, busy = max(sums["live_tokens"], 1), [counts["seconds_rollout"] + counts["seconds_busy"] for counts in each]
+def metrics(each: list[dict]) -> dict[str, float | None]:
+    """A line of the log, from what each process knows of a step; docs/metrics.md says what is in it."""
+    sums, busy = Counter(), [known["seconds_rollout"] + known["seconds_busy"] for known in each]
+    for known in each:
+        sums.update(known["sums"])
+    names = ("rewards", "length", "truncated")
+    rewards, length, truncated = (np.concatenate([known[name] for known in each]) for name in names)  # (N, K) each
+    right, tokens = rewards >= rollout.RIGHT, max(1, sums["live_tokens"])
     return {
-        "reward": sums["rewards"] / sums["trajectories"],
-        "live_prompts": sums["live"],
-        "trajectories": sums["trajectories"],
-        "truncated": sums["truncated"] / sums["trajectories"],
-        "completion_tokens": sums["tokens"],
-        "reward_errors": sums["errors"],
-        "reward_timeouts": sums["timeouts"],
-        **{name: sums[name] / tokens for name in ("kl", "entropy", "outside_clip")},
-        "objective": sums["objective"],
+        **{"reward": rewards.mean(dtype=float), "reward_std": rewards.std(dtype=float)},
+        "live_prompts": int(np.count_nonzero(np.ptp(rewards, axis=1))),
+        **{"all_right": right.all(1).mean(), "all_wrong": (~right).all(1).mean()},
+        **{"trajectories": rewards.size, "truncated": truncated.mean(), "completion_tokens": int(length.sum())},
+        **{"length": length.mean(), "length_min": int(length.min()), "length_max": int(length.max())},
+        "length_right": length[right].mean() if right.any() else None,
+        "length_wrong": length[~right].mean() if not right.all() else None,
+        **{"reward_errors": sums["errors"], "reward_timeouts": sums["timeouts"], "objective": sums["objective"]},
+        **{name: sums[name] / tokens for name in ("kl", "entropy", "outside_clip", "log_ratio")},
+        "largest_log_ratio": max(known["largest_log_ratio"] for known in each),
         **{name: each[0][name] for name in ("grad_norm", "seconds_rollout", "seconds_update")},
         "imbalance": max(busy) / (sum(busy) / len(each)),
     }
@@ -684,7 +770,11 @@ def train(
     iterations: Count = 1,
     lr: Positive = 5e-5,
     max_grad_norm: Positive = 1.0,
+    loss: Literal[LOSSES] = "grpo",
     clip: Positive = 0.2,
+    clip_high: Annotated[float | None, typer.Option(callback=rollout.above_zero)] = None,
+    mask_truncated: bool = False,
+    dynamic_sampling: bool = False,
     kl: Weight = 0.001,
     entropy: Weight = 0.001,
     temperature: Positive = 1.0,
@@ -718,7 +808,11 @@ def train(
         iterations: Updates per batch of rollouts (GRPO's mu).
         lr: AdamW's learning rate.
         max_grad_norm: The gradient is clipped to this norm.
+        loss: What a completion's sum over tokens is divided by: its length, the mean length, or max_tokens (dr_grpo).
         clip: Ratios are clipped to 1 - clip .. 1 + clip.
+        clip_high: Upper bound 1 + clip_high, so that rare tokens can grow faster (DAPO: 0.28).  [default: clip]
+        mask_truncated: Learn nothing from completions that max_tokens cut off; their rewards stay in the baseline.
+        dynamic_sampling: Replace groups of equal rewards by new prompts, in up to 3 draws a step (DAPO).
         kl: Weight of the KL term; 0 loads no initial policy.
         entropy: Weight of the entropy bonus.
         gradient_checkpointing: Compute activations twice instead of keeping them.
@@ -750,9 +844,10 @@ def train(
     rollout.gather()
     if RANK == 0:
         remove(out / "checkpoint")
-        with rollout.new_file(out / "metrics.jsonl") as temporary:
-            lines = rollout.peek(out / "model")["facts"]["log"]
-            temporary.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        made = rollout.peek(out / "model")["facts"]
+        for name, lines in (("metrics", made["log"]), ("completions", made["completions"])):
+            with rollout.new_file(out / f"{name}.jsonl") as temporary:
+                temporary.write_text("".join(json.dumps(line) + "\n" for line in lines))
     rollout.gather()
 
 

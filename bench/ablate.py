@@ -5,6 +5,20 @@
     python bench/ablate.py --arm "full=--selector full" --arm "hot=--set train.lr=2e-4" --seeds 2 -- --frac 0.2
     python bench/compare.py runs/study      # then: table, figure, acceleration
 
+A selector, a reward, a loss and data of your own, each in one command beside what it is to be compared with:
+
+    python bench/ablate.py --seeds 3 --out runs/selector --arm "influence=" \\
+        --arm "mine=--selector toy/examples/selector.py:uncertain_and_aligned"
+    python bench/ablate.py --seeds 3 --out runs/reward --arm "exact=" \\
+        --arm "mine=--set rollout.reward=toy/examples/reward.py:share_right --set test.reward=exact" -- \\
+        --train toy/examples/train.jsonl --valid rev=toy/examples/valid.jsonl --test rev=toy/examples/test.jsonl \\
+        --set rollout.prompt_column=task --set rollout.answer_column=target
+    python bench/ablate.py --seeds 3 --out runs/loss --arm "influence=" --arm "dapo=--set train.loss=dapo \\
+        --set train.clip_high=0.28 --set train.kl=0 --set train.dynamic_sampling=true"
+    python bench/ablate.py --seeds 3 --out runs/data --arm "influence=" --arm "random=--selector random" -- \\
+        --train toy/examples/train.jsonl --valid rev=toy/examples/valid.jsonl --test rev=toy/examples/test.jsonl \\
+        --set rollout.prompt_column=task --set rollout.answer_column=target
+
 An arm is a name and options of `cropi.py run`. `--arm` replaces the ten of the study by arms of your own; what stands
 after `--` goes to every run. One folder holds the study: a run folder ARM-SEED and a log ARM-SEED.log each, and
 study.json, which says what the arms were. The same command resumes a study that was stopped, and makes only what is

@@ -2,6 +2,7 @@
 
     python bench/compare.py runs/study                                # a folder of runs, as bench/ablate.py leaves it
     python bench/compare.py runs/full-* runs/influence-* --out here   # or the runs themselves, ARM-SEED each
+    python bench/compare.py runs/influence-0 runs/random-0            # two runs: and who chose what
 
 Runs that differ in nothing but their seed are an *arm*. Accuracy is the mean over the targeted test sets (untargeted:
 over the others). Steps, trajectories sampled (offline and in training) and seconds are what it cost: the seconds of
@@ -27,6 +28,8 @@ seeds, 75 to 91% with three; with two there is none. An arm that does not reach 
 which counts as an acceleration of 0. The test prompts are the same for all seeds: what another choice of them would
 change is in no interval but the standard error of a point. "Best, smoothed" is the mean of the seeds' own.
 
+Of two arms, it also says which prompts only one of them ever chose: OUT-chosen.csv has how many times each arm did.
+
 Prints the table and writes OUT.json (the table, and the curves seed by seed), OUT.png and OUT.md. The table stands
 between the lines `<!-- NAME -->` and `<!-- /NAME -->`, NAME being that of OUT, and in a file that is there already only
 what is between them is replaced.
@@ -42,6 +45,7 @@ from pathlib import Path
 from typing import Annotated
 
 import numpy as np
+import pandas
 import typer
 from matplotlib import colormaps
 from matplotlib.figure import Figure
@@ -360,6 +364,39 @@ def draw(arms: dict[str, Arm], base: str) -> Figure:
     return figure
 
 
+def chosen_by(runs: list[Path], names: list[str]) -> pandas.DataFrame:
+    """How many times each of two arms chose a prompt, over stages and seeds, most unequal first: columns prompt_index,
+    prompt, answer, and the arms' names."""
+    tables = [
+        pandas.read_csv(path, dtype={"prompt": str, "answer": str})
+        for run in runs
+        for path in sorted(run.glob("stage-*/selection.csv"))
+    ]
+    arms = [name for run, name in zip(runs, names, strict=True) for _ in run.glob("stage-*/selection.csv")]
+    picked = pandas.concat([table[table.chosen == 1].assign(arm=arm) for table, arm in zip(tables, arms, strict=True)])
+    key = ["prompt_index", "prompt", "answer"]
+    counts = (
+        picked.groupby([*key, "arm"])
+        .size()
+        .unstack(fill_value=0)
+        .reindex(columns=list(dict.fromkeys(names)), fill_value=0)
+    )
+    first, second = counts.columns
+    order = (counts[first] - counts[second]).sort_values(ascending=False, kind="stable").index
+    return counts.loc[order].reset_index()
+
+
+def in_words(counts: pandas.DataFrame, most: int = 5) -> str:
+    """What only one of the two arms chose, and what it chose most often."""
+    first, second = counts.columns[-2:]
+    lines = [f"prompts chosen by both: {int(((counts[first] > 0) & (counts[second] > 0)).sum())}"]
+    for ours, theirs in ((first, second), (second, first)):
+        alone = counts[counts[theirs] == 0].sort_values(ours, ascending=False, kind="stable")
+        some = ", ".join(f"{row.prompt!r:.60} ({row[ours]} times)" for _, row in alone.head(most).iterrows())
+        lines.append(f"only by {ours}: {len(alone)}" + (f", such as {some}" if some else ""))
+    return "\n".join(lines)
+
+
 def place_for(path: Path, name: str) -> tuple[str, str]:
     """What stands before and after the table in the file, the marks included."""
     begin, end = f"<!-- {name} -->\n", f"<!-- /{name} -->\n"
@@ -375,15 +412,20 @@ app = typer.Typer(**rollout.PLAIN)
 @app.command(help=__doc__.splitlines()[0])
 def compare(
     runs: Annotated[list[Path], typer.Argument(help="Folders of runs, or a folder that holds them.")],
-    base: Annotated[str | None, typer.Option(help="Arm whose best is to be reached.  [default: full]")] = None,
+    base: Annotated[
+        str | None,
+        typer.Option(help="Arm whose best is to be reached.  [default: full; of two arms without it, the last]"),
+    ] = None,
     stages: Annotated[int | None, typer.Option(min=1, help="Only the first so many of each run.")] = None,
     out: Annotated[Path | None, typer.Option(help="Name without ending.  [default: RUN/comparison]")] = None,
     markdown: Annotated[Path | None, typer.Option(help="The table's file.  [default: OUT.md]")] = None,
 ) -> list[dict]:
-    arms = {name: arm.first(stages) for name, arm in read_arms(find_runs(runs)).items()}
+    found = find_runs(runs)
+    arms = {name: arm.first(stages) for name, arm in read_arms(found).items()}
     known = base is None or base in arms
     require(known, f"--base {base}: no such arm; there is {', '.join(arms)}")
-    base = base or "full"
+    names = [max((name for name in arms if run.name.startswith(name)), key=len) for run in found]
+    base = base or (names[-1] if len(arms) == 2 and "full" not in arms else "full")
     if out is None:
         out = Path(runs[0] if len(runs) == 1 else os.path.commonpath([run.absolute() for run in runs])) / "comparison"
     files = [out.with_name(out.name + ending) for ending in (".json", ".png")] + [markdown or Path(f"{out}.md")]
@@ -412,6 +454,12 @@ def compare(
         draw(arms, base).savefig(temporary, dpi=110, format="png")
     with rollout.new_file(files[2]) as temporary:
         temporary.write_text(before + text + after)
+    if len(arms) == 2:
+        counts = chosen_by(found, names)
+        files.append(out.with_name(f"{out.name}-chosen.csv"))
+        with rollout.new_file(files[-1]) as temporary:
+            counts.to_csv(temporary, index=False)
+        print(in_words(counts))
     print(", ".join(map(str, files)))
     return rows
 

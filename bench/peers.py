@@ -200,7 +200,7 @@ def groups_of(trajectories: rollout.Trajectories) -> list[dict]:
     groups, samples = [], trajectories.samples
     for n in map(int, trajectories.live()):
         prompt, length = trajectories.prompt(n), trajectories.length[n]
-        advantages = train.group_advantages(torch.from_numpy(trajectories.rewards[n : n + 1]))[0]
+        advantages = rollout.group_advantages(torch.from_numpy(trajectories.rewards[n : n + 1]))[0]
         shape = samples, len(prompt) + int(length.max())  # (K, W)
         ids, mask, completion = (torch.zeros(shape, dtype=torch.long) for _ in range(3))
         behavior_logps, weight = torch.zeros(shape), torch.zeros(shape)
@@ -244,9 +244,9 @@ def our_step(world: Path) -> tuple[Callable[[], dict], object, object]:
             engine, tokenizer, rows, encoded, picked, o, [o.seed, next(numbers)], policy=policy
         )
         sampled = time.perf_counter()
-        line = train.update(root, first, adamw, trajectories, o, o.batch_prompts)
+        line = train.update(root, first, adamw, trajectories, o, picked)
         times = {"sampling": sampled - clock, "update": time.perf_counter() - sampled}
-        return times | {name: line[name] for name in ("tokens", "live")}
+        return times | {"tokens": int(line["length"].sum()), "live": len(trajectories.live())}
 
     return step, policy, tokenizer
 
@@ -506,7 +506,7 @@ def vocabulary_work(spec: dict, world: Path) -> Callable[[], dict]:
     if script == "scoring":
         score = ours(model, trajectories, 4096, 0)
     options = {"temperature": 1.0, "clip": 0.2, "kl": 0.0, "entropy": 0.001, "batch_tokens": 4096}
-    options["prompts"] = len(trajectories.rewards)
+    options["batch"] = trajectories.prompt_index
 
     def work() -> dict:
         score() if script == "scoring" else train.grpo_step(train.LogProbs(model), None, trajectories, **options)

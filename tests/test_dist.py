@@ -80,7 +80,15 @@ def step(
     """Training steps, and the memory of the last one."""
     if checkpointing:
         models[0].gradient_checkpointing_enable({"use_reentrant": False})
-    options = {"temperature": 1.0, "clip": 0.2, "kl": 0.1, "entropy": 0.01, "batch_tokens": 60, "iterations": 1}
+    options = {
+        "temperature": 1.0,
+        "clip": 0.2,
+        "kl": 0.1,
+        "entropy": 0.01,
+        "batch_tokens": 60,
+        "iterations": 1,
+        "clip_high": None,
+    }
     options |= {"max_grad_norm": 1e9, "dtype": "float32" if dtype == "float64" else dtype}
     o = SimpleNamespace(gradient_checkpointing=checkpointing, shard_weights=shard, **options)
     precision = torch.bfloat16 if dtype == "bfloat16" else torch.float32
@@ -95,7 +103,7 @@ def step(
             pass
         live.sampling, live.peak = live.peak, 0
         with live:
-            train.update(*roots, adamw, trajectories, o, PROMPTS)
+            train.update(*roots, adamw, trajectories, o, range(PROMPTS))
     return live
 
 
@@ -254,6 +262,24 @@ def stop(log, warn=train.warn_of_collapse):
 train.warn_of_collapse = stop
 rollout.command_line(train.app)
 """
+
+
+def test_dynamic_sampling_on_many_processes(world):
+    """The same draws, batches and token means: of 40 prompts, 16 a draw, so the third has 8."""
+    words = ["--loss", "dapo", "--clip-high", 0.28, "--mask-truncated", "--dynamic-sampling", "--max-tokens", 4]
+    logs = {}
+    for count, shard in ((1, "none"), (2, "none"), (3, "full")):
+        out = f"{count}"
+        trained(world, out, count, *words, "--shard-weights", shard, steps=3)
+        logs[count] = rollout.peek(world / out / "model")["facts"]["log"]
+    assert any(line["trajectories"] > 16 * 8 for line in logs[1])  # more than one draw
+    assert 0 < logs[1][0]["truncated"] < 1
+    same = ("prompts", "trajectories", "live_prompts", "all_right", "all_wrong", "completion_tokens", "length_max")
+    for count in (2, 3):
+        for ours, theirs in zip(logs[count], logs[1], strict=True):
+            assert [ours[name] for name in same] == [theirs[name] for name in same]
+            for name in ("objective", "grad_norm", "entropy", "reward_std", "length_right", "length_wrong"):
+                assert ours[name] == pytest.approx(theirs[name], rel=1e-3, abs=1e-6), (count, name)
 
 
 @pytest.mark.parametrize("shard", ["none", "full"])

@@ -43,7 +43,7 @@ def exact_gradients(policy: Qwen2ForCausalLM, trajectories: rollout.Trajectories
     what project.py covers: all but the norms' gains."""
     model = copy.deepcopy(policy).cpu().double().requires_grad_(True)
     parameters = [p for name, p in model.named_parameters() if "norm" not in name]
-    advantages = train.group_advantages(torch.from_numpy(trajectories.rewards)).double()
+    advantages = rollout.group_advantages(torch.from_numpy(trajectories.rewards)).double()
     rows = []
     for n in range(PROMPTS):
         objective = 0.0
@@ -67,12 +67,20 @@ def single_logps(model: Qwen2ForCausalLM, trajectories: rollout.Trajectories, n:
 def objective_gradient(policy: Qwen2ForCausalLM, trajectories: rollout.Trajectories, dtype: str) -> torch.Tensor:
     """Of one training step without clipping of ratios, by train.py: (d,) float64."""
     model = copy.deepcopy(policy).requires_grad_(True)
-    options = {"temperature": 1.0, "clip": 1e9, "kl": 0.0, "entropy": 0.0, "batch_tokens": 2048, "iterations": 1}
+    options = {
+        "temperature": 1.0,
+        "clip": 1e9,
+        "kl": 0.0,
+        "entropy": 0.0,
+        "batch_tokens": 2048,
+        "iterations": 1,
+        "clip_high": None,
+    }
     o = SimpleNamespace(max_grad_norm=1e9, dtype=dtype, gradient_checkpointing=False, **options)
     adamw = torch.optim.AdamW(model.parameters(), lr=0.0)
     root = train.LogProbs(model)
     train.make_gradients(root)
-    train.update(root, None, adamw, trajectories, o, PROMPTS)
+    train.update(root, None, adamw, trajectories, o, range(PROMPTS))
     named = [p for name, p in model.named_parameters() if "norm" not in name]
     return -torch.cat([p.grad.flatten() for p in named]).double().cpu()
 

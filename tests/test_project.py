@@ -48,12 +48,14 @@ def dense_projection(sketcher: GradientSketcher) -> dict[str, torch.Tensor]:
     return matrices
 
 
-def autograd_sketch(model, trajectories, piece, matrices, ratio="token") -> torch.Tensor:
+def autograd_sketch(
+    model, trajectories, piece, matrices, ratio="token", weights=None, scale: bool = True
+) -> torch.Tensor:
     """P M ĝ of equation 2 for one piece, with the advantages of its group, by plain autograd, one trajectory at a
-    time."""
+    time. `weights`: of a token of each trajectory, in place of 1/|τ|."""
     n, ks = piece
     rewards = trajectories.rewards[n].astype(np.float64)
-    advantages = (rewards - rewards.mean()) / (rewards.std(ddof=1) + 1e-6)
+    advantages = (rewards - rewards.mean()) / (rewards.std(ddof=1) + 1e-6 if scale else 1)
     model = copy.deepcopy(model).requires_grad_(True)
     for k in ks:
         ids, start, behavior = sequence(trajectories, n, k)
@@ -66,7 +68,8 @@ def autograd_sketch(model, trajectories, piece, matrices, ratio="token") -> torc
             "prefix": torch.stack([rho[: t + 1].prod() for t in range(len(rho))]),
             "sequence": rho.prod(),
         }[ratio]
-        (advantages[k] * (weight * logps).mean() / len(ks)).backward()
+        each = 1 / len(logps) if weights is None else weights[k]
+        (advantages[k] * each * (weight * logps).sum() / len(ks)).backward()
     parameters = dict(model.named_parameters())
     return sum(matrix @ parameters[name].grad.flatten() for name, matrix in matrices.items())
 

@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM
 import project
 import rollout
 import train
-from rollout import TOY, load_prompts
-from train import LogProbs, collate, completion_logps, group_advantages, k3_kl, policy_objective
+from rollout import TOY, group_advantages, load_prompts
+from train import LogProbs, collate, completion_logps, k3_kl, policy_objective
 
 
 def test_advantages_by_hand():
@@ -147,16 +147,18 @@ def trained(out, **options) -> list[dict]:
     train.train(out=out, **options)
     log = rollout.peek(out / "model")["facts"]["log"]
     assert [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()] == log
-    assert sorted(path.name for path in out.iterdir()) == ["metrics.jsonl", "model", "optimizer"]
+    assert sorted(path.name for path in out.iterdir()) == ["completions.jsonl", "metrics.jsonl", "model", "optimizer"]
     return log
 
 
 def ascend(model, initial, trajectories, **options) -> dict[str, float]:
     """`grpo_step` on all of them; J, and means over the tokens of live groups."""
     policies = [None if each is None else LogProbs(each) for each in (model, initial)]
-    sums = train.grpo_step(*policies, trajectories, prompts=len(trajectories.rewards), **OPTIONS | options)
+    sums = train.grpo_step(*policies, trajectories, batch=trajectories.prompt_index, **OPTIONS | options)
     tokens = max(sums.pop("live_tokens"), 1)
-    return {name: value if name == "objective" else value / tokens for name, value in sums.items()}
+    return {
+        name: value if name in ("objective", "largest_log_ratio") else value / tokens for name, value in sums.items()
+    }
 
 
 def gradients(model, initial, trajectories, **options):
