@@ -681,7 +681,7 @@ def update(
         require(np.isfinite(norm), f"gradient is not finite at prompts {sorted(trajectories.prompt_index.tolist())}")
         adamw.step()
     groups = {name: getattr(trajectories, name) for name in ("rewards", "length", "truncated")}
-    counts = {"sums": sums | {"log_ratio": first["log_ratio"]} | trajectories.failed, "grad_norm": norm}
+    counts = {"sums": sums | {"log_ratio": first.get("log_ratio", 0.0)} | trajectories.failed, "grad_norm": norm}
     counts["largest_log_ratio"] = first["largest_log_ratio"]  # before the first update: engine against trainer
     return counts | groups | {"seconds_update": time.perf_counter() - clock, "seconds_busy": busy}
 

@@ -76,7 +76,7 @@ def test_a_run_writes_what_its_head_lists(small_world, capsys):
     assert names_of(out) == [".lock", ".writer", *shown]
     assert names_of(out / "rollouts") == ["test-rev", "test-untargeted", "train", "valid-rev", "valid-srt"]
     folders = [*(f"gradients-{name}" for name in ("train", "valid-rev", "valid-srt")), "test-rev", "test-untargeted"]
-    files = ["metrics.jsonl", "model", "optimizer", "selection.csv", "selection.safetensors"]
+    files = ["completions.jsonl", "metrics.jsonl", "model", "optimizer", "selection.csv", "selection.safetensors"]
     assert names_of(out / "stage-02") == sorted(folders + files)
     assert names_of(out / "stage-01") == sorted(folders + [f for f in files if not f.startswith("optimizer")])
     for stage in (1, 2):
@@ -88,13 +88,19 @@ def test_a_run_writes_what_its_head_lists(small_world, capsys):
     for stage, entry in enumerate(report["evaluations"]):
         folder = out / (f"stage-0{stage}" if stage else "rollouts")
         for name, accuracy in entry["accuracy"].items():  # the mean reward of the evaluation's trajectories
-            assert accuracy == pytest.approx(float(load_all(folder / f"test-{name}").rewards.mean()))
+            rewards = load_all(folder / f"test-{name}").rewards
+            assert accuracy == pytest.approx(float(rewards.mean()))
+            assert entry["pass_at_k"][name] == pytest.approx(np.mean([any(group) for group in rewards == 1]))
         if stage:
             lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
             assert [line["step"] for line in lines] == [0, 1]
             assert entry["reward"] == pytest.approx(np.mean([line["reward"] for line in lines]))
             assert entry["trajectories_training"] == 2 * min(8, entry["chosen"]) * 8
             assert entry["chosen"] == len(chosen_of(folder)) == 6
+            said = [json.loads(line) for line in (folder / "completions.jsonl").read_text().splitlines()]
+            for name, right in (("right", True), ("wrong", False)):
+                last = [one for one in said if (one["reward"] == 1) == right][-1]
+                assert f"{name}: {last['prompt']!r} -> {last['text']!r}" in entry["answers"]
             assert entry["diagnostics"]["live_prompts"] == len(load_all(out / "rollouts" / "train").live())
     first = report["evaluations"][0]
     assert first["trajectories_offline"] == 60 * 8 + 2 * 12 * 8
@@ -247,7 +253,7 @@ def test_a_rerun_first_says_what_is_there_and_what_comes_next(small_world, capsy
     assert "resuming" not in capsys.readouterr().out
     assert rerun(stages=1) == ("resuming: 1 of 1 stages trained; next: nothing to train", 0)
     assert rerun(stages=2) == ("resuming: 1 of 2 stages trained; next: stage 2 (has nothing yet)", 7)
-    for name in ("model", "optimizer", "test-rev", "metrics.jsonl"):
+    for name in ("model", "optimizer", "test-rev", "metrics.jsonl", "completions.jsonl"):
         path = small_world / "a" / "stage-02" / name
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     (small_world / "a" / "stage-02" / "test-untargeted").rename(small_world / "elsewhere")

@@ -191,7 +191,14 @@ def test_what_a_kill_leaves_is_cleared_away(whole, tmp_path):
 # ---------------------------------------------------------------------------------------------------------------------
 # Corruption
 
-ANEW = {"curve.png", "selection.png", "report.json", "selection.csv", "metrics.jsonl"}  # each run writes them anew
+ANEW = {
+    "curve.png",
+    "selection.png",
+    "report.json",
+    "selection.csv",
+    "metrics.jsonl",
+    "completions.jsonl",
+}  # each run writes them anew
 
 
 def readers(run: Path, path: Path, out: Path):

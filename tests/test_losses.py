@@ -64,7 +64,8 @@ def test_clip_high_worked_by_hand():
 
 def trl_gradient(model, trajectories, name: str, clip_high: float, mask: bool) -> dict[str, torch.Tensor]:
     """Of all sequences as one batch; log-probs by transformers' own forward pass, one sequence at a time."""
-    trainer = pytest.importorskip("trl.trainer.grpo_trainer").GRPOTrainer
+    from trl.trainer.grpo_trainer import GRPOTrainer
+
     model, rewards = copy.deepcopy(model), torch.from_numpy(trajectories.rewards).double()
     advantages = rewards - rewards.mean(1, keepdim=True)
     if name != "dr_grpo":
@@ -92,7 +93,7 @@ def trl_gradient(model, trajectories, name: str, clip_high: float, mask: bool) -
         **{"max_completion_length": 5, "current_gradient_accumulation_steps": 1, "accelerator": accelerator},
         **{"model": SimpleNamespace(training=True), "args": args, "_metrics": {"train": defaultdict(list)}},
     )
-    trainer._compute_loss(fake, model, inputs).backward()
+    GRPOTrainer._compute_loss(fake, model, inputs).backward()
     return {name: parameter.grad for name, parameter in model.named_parameters()}
 
 

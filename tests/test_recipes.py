@@ -120,7 +120,7 @@ def edit(script: Path, old: str, new: str) -> None:
     script.write_text(text.replace(old, new))
 
 
-FORMULA = ("train.py", " / (rewards.std(1, keepdim=True) + 1e-6)", "")  # an advantage without std
+FORMULA = ("train.py", "torch.minimum(ratio * advantages,", "torch.maximum(ratio * advantages,")
 
 
 def refuses(home: Path, words: list[str], *said: str) -> None:
@@ -269,7 +269,7 @@ RECIPE = {
     "rollout": {"model": "trained", "data": "valid-srt.jsonl", "samples": 3, **READING, **SAMPLING},
     "project": {
         **{"trajectories": "others/t", "model": "trained", "ratio": "none", "cap": 2.0, "k": 32, "sparse_ratio": 0.5},
-        **{"halves": 7, "dtype": "bfloat16", "seed": 1},
+        **{"halves": 7, "dtype": "bfloat16", "seed": 1, "loss": "dr_grpo", "mask_truncated": True},
     },
     "select": {
         **{"data": "valid-srt.jsonl", "trajectories": "others/t", "gradients": "others/g", "selector": "pass-rate"},
@@ -280,7 +280,8 @@ RECIPE = {
         **{"selection": "others/s.safetensors", "model": "trained", "initial_model": "trained", "lr": 1e-4},
         **{"optimizer": "others/o/optimizer", "data": "valid-srt.jsonl", "steps": 3, "batch_prompts": 9},
         **{"samples": 4, **READING, "iterations": 2, "max_grad_norm": 0.5, "clip": 0.1, "kl": 0.01, "entropy": 0.01},
-        **{"gradient_checkpointing": True, **SAMPLING},
+        **{"gradient_checkpointing": True, **SAMPLING, "loss": "dapo", "clip_high": 0.28, "mask_truncated": True},
+        "dynamic_sampling": True,
     },
     "run": {
         **{"model": "trained", "pool": "valid-srt.jsonl", "valid": ["valid-srt.jsonl"], "limit": 50, "frac": 0.2},
