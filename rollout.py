@@ -81,7 +81,7 @@ if TYPE_CHECKING:  # imported where they are needed: transformers takes two seco
     from pebble import ProcessPool
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-logging.getLogger("huggingface_hub").setLevel("ERROR")  # it announces every retry
+os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # it announces every retry
 TOY = Path(os.path.relpath(Path(__file__).resolve().parent / "toy"))  # the bundled world: the default paths
 Array = np.ndarray
 PLAIN = {"add_completion": False, "pretty_exceptions_enable": False, "rich_markup_mode": None}

@@ -142,7 +142,7 @@ def measure(config: Path, prompts: int, length: int, tokens: int) -> dict:
     adamw = torch.optim.AdamW(policy.parameters(), lr=1e-6, weight_decay=0.0, fused=True)
     roots = train.LogProbs(policy), train.LogProbs(initial)
     train.make_gradients(roots[0])
-    step = functools.partial(train.update, *roots, adamw, few, SimpleNamespace(**options), len(halved))
+    step = functools.partial(train.update, *roots, adamw, few, SimpleNamespace(**options), range(len(halved)))
     add("training", step, len(halved) / prompts, 4, "training, updates", 2)
     return {
         "peak_flops": peak,

@@ -195,7 +195,7 @@ def keep_trajectories(folder: Path, run: cropi.Run, policy: Path, selection: Pat
     inputs["selection"] = rollout.peek(selection)["identity"]
 
     def sampled(*given, **checks) -> Trajectories:
-        clock, (o, (seed, step)) = time.perf_counter(), given[-2:]
+        clock, o, (seed, step) = time.perf_counter(), checks["o"], checks["seed"]
         made = sample(*given, **checks)
         used = {name: getattr(o, name) for name in ("samples", "max_tokens", "temperature")} | {"seed": seed}
         recipe = rollout.make_recipe("trajectories", cropi.CODE | CODE, options | used, **inputs)

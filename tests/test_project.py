@@ -380,6 +380,7 @@ def test_pass_rate_norm_and_sample_size_belong_to_their_prompt(small_world):
         assert recipe["inputs"] == {
             "model": rollout.model_identity(TOY / "model"),
             "data": rollout.load_prompts(data).digest,
+            "length": None,
         }
         made_from = rollout.peek(stored)
         assert recipe["shard"] == made_from["recipe"]["shard"] | {"trajectories": made_from["identity"]}

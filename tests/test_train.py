@@ -304,7 +304,7 @@ def test_a_checkpoint_goes_on_where_it_was_saved(tmp_path, monkeypatch):
     unpatched, steps = rollout.sample_trajectories, []
 
     def breaking(*arguments, **checks):
-        steps.append(arguments[-1][-1])  # the seed is (--seed, step)
+        steps.append(checks["seed"][-1])  # the seed is (--seed, step)
         if steps == [0, 1, 2, 3]:
             raise KeyboardInterrupt
         return unpatched(*arguments, **checks)
