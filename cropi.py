@@ -25,7 +25,7 @@ missing, and nothing else. Many processes share out rollouts, evaluation, scorin
       stage-01/                            of stage 1
         rollouts/{train,valid-*}/              β's trajectories, where they were refreshed
         gradients-{train,valid-*}/             selection.{safetensors,csv}
-        model/  optimizer/                     metrics.jsonl (a line per step)
+        model/  optimizer/                     metrics.jsonl (a line per step)  completions.jsonl (for people)
         test-*/                                the evaluation after this stage
       curve.png  selection.png  report.json    computed from the files above
 """

@@ -81,7 +81,8 @@ if TYPE_CHECKING:  # imported where they are needed: transformers takes two seco
     from pebble import ProcessPool
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # it announces every retry
+# The one announces every retry, the other what we refuse in words of our own.
+os.environ |= {"HF_HUB_VERBOSITY": "error", "TRANSFORMERS_VERBOSITY": "error"} | dict(os.environ)
 TOY = Path(os.path.relpath(Path(__file__).resolve().parent / "toy"))  # the bundled world: the default paths
 Array = np.ndarray
 PLAIN = {"add_completion": False, "pretty_exceptions_enable": False, "rich_markup_mode": None}
@@ -288,13 +289,14 @@ def rollout(
     gather()
     if missing and RANK == 0:
         sums = totals(out)
-        mean, cut = (sums[name] / sums["trajectories"] for name in ("rewards", "truncated"))
-        prompts = sums["trajectories"] // samples
-        said = f"{prompts} prompts x {samples}, mean reward {mean:.3f}, pass@{samples} {sums['solved'] / prompts:.3f}"
+        mean, cut, solved = (sums[name] / sums["trajectories"] for name in ("rewards", "truncated", "solved"))
+        said = f"{sums['trajectories'] // samples} prompts x {samples}, mean reward {mean:.3f}"
         ways = "more than half of the answers were cut off: raise --max-tokens (--set rollout.max_tokens=N)"
         failed = f", {sums['errors']} verdict errors, {sums['timeouts']} timeouts" if reward != "exact" else ""
         failed += f"\nwarning: {ways}" if cut > 0.5 else ""
-        say(f"{out}: {said}, {sums['live']} live prompts, {cut:.1%} truncated{failed}")
+        say(
+            f"{out}: {said}, pass@{samples} {solved * samples:.3f}, {sums['live']} live prompts, {cut:.1%} truncated{failed}"
+        )
 
 
 def make_shards(missing: dict[Path, dict], rows: Prompts, o: SimpleNamespace) -> None:

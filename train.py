@@ -92,7 +92,8 @@ class Loss:
     Args:
         name: one of LOSSES.
         length: ℓ of dapo and dr_grpo.
-        mask_truncated: truncated completions weigh nothing; their rewards stay in the others' Â.
+        mask_truncated: truncated completions weigh nothing, and add no token to dapo's mean length; their rewards stay
+            in the others' Â.
     """
 
     name: str = "grpo"
