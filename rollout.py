@@ -290,13 +290,11 @@ def rollout(
     if missing and RANK == 0:
         sums = totals(out)
         mean, cut, solved = (sums[name] / sums["trajectories"] for name in ("rewards", "truncated", "solved"))
-        said = f"{sums['trajectories'] // samples} prompts x {samples}, mean reward {mean:.3f}"
+        said = f"{sums['trajectories'] // samples} prompts x {samples}, pass@{samples} {solved * samples:.3f}"
         ways = "more than half of the answers were cut off: raise --max-tokens (--set rollout.max_tokens=N)"
         failed = f", {sums['errors']} verdict errors, {sums['timeouts']} timeouts" if reward != "exact" else ""
         failed += f"\nwarning: {ways}" if cut > 0.5 else ""
-        say(
-            f"{out}: {said}, pass@{samples} {solved * samples:.3f}, {sums['live']} live prompts, {cut:.1%} truncated{failed}"
-        )
+        say(f"{out}: {said}, mean reward {mean:.3f}, {sums['live']} live prompts, {cut:.1%} truncated{failed}")
 
 
 def make_shards(missing: dict[Path, dict], rows: Prompts, o: SimpleNamespace) -> None:
