@@ -226,7 +226,7 @@ def report_stage(run: Run, s: int, steps: int) -> dict:
         "diagnostics": choice["diagnostics"],
         "trajectories_training": sum(line["trajectories"] for line in trained["log"]),
         "seconds_scoring": choice["seconds"] + scored["seconds"],
-        "seconds_training": trained["seconds"],
+        "seconds_training": trained["seconds"] * trained["processes"],
     }
 
 
@@ -267,7 +267,7 @@ def stage_line(entry: dict, pool: list[dict], chosen: Array, column: str, most: 
 def answers(completions: list[dict], most: int = 60) -> list[str]:
     """The last right and the last wrong completion of a stage: how the prompt begins and the answer ends."""
     last = {"right" if one["reward"] >= rollout.RIGHT else "wrong": one for one in completions}
-    return [f"{name}: {one['prompt'][:most]!r} -> {one['text'][-most:]!r}" for name, one in sorted(last.items())]
+    return [f"{name}, in training: {one['prompt'][:most]!r} -> {one['text'][-most:]!r}" for name, one in last.items()]
 
 
 PARTS = ("rollout", "scoring", "training")
@@ -500,7 +500,7 @@ def launch(processes: int, max_restarts: int) -> None:
 
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
     os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"  # else the port is in use at half of the restarts
-    logging.getLogger("torch.distributed.elastic").setLevel("CRITICAL")  # what went wrong is said below, once
+    logging.disable(logging.ERROR)  # what went wrong is said below, once
     how = {"rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0", "monitor_interval": 0.1}
     how |= {"virtual_local_rank": True}  # each process sees its own GPU alone, as vLLM wants it
     config = LaunchConfig(1, 1, processes, run_id=str(os.getpid()), max_restarts=max_restarts, **how)
@@ -550,11 +550,11 @@ def follow(run: Run, stages: int, prompts: rollout.Prompts, group_by: str) -> No
 
 def what_next(run: Run) -> list[str]:
     """Commands for a page to read, and for a comparison with prompts chosen at random."""
-    other = str(run.out.with_name(f"random-{run.seed}"))
-    commands = [["bench/report.py", str(run.out)], ["cropi.py", *sys.argv[1:], "--selector", "random", "--out", other]]
-    commands += [["bench/compare.py", str(run.out), other]]
+    here, other = (shlex.quote(str(out)) for out in (run.out, run.out.with_name(f"random-{run.seed}")))
+    options = re.sub(r" --(out|selector)[ =]('[^']*'|\S+)", "", shlex.join(sys.argv[1:]))
+    commands = [f"python bench/report.py {here}", f"python cropi.py {options} --selector random --out {other}"]
     alone = run.selector == "random" or Path(sys.argv[0]).name != "cropi.py"
-    return [shlex.join(["python", *words]) for words in (commands[:1] if alone else commands)]
+    return commands[:1] if alone else [*commands, f"python bench/compare.py {here} {other}"]
 
 
 if __name__ == "__main__":

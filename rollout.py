@@ -224,7 +224,7 @@ def sample_trajectories(
 # The command
 
 
-@app.command(help=__doc__.splitlines()[0])
+@app.command(help=f"{__doc__.splitlines()[0]} `rollout.py show FOLDER` prints them.")
 def rollout(
     out: Given,
     model: Path = TOY / "model",
@@ -1188,7 +1188,7 @@ def command_line(app: typer.Typer) -> None:
     for each in [command, *getattr(command, "commands", {}).values()]:
         texts = dict(re.findall(r"^ {8}(\w+): (.*)", f"{rollout.__doc__}\n{each.callback.__doc__}", re.M))
         for option in each.params:
-            option.help = texts.get(option.name, option.help)
+            option.help = getattr(option, "help", None) or texts.get(option.name)
     try:
         with command.make_context(Path(sys.argv[0]).name, sys.argv[1:]) as context:
             command.invoke(context)

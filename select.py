@@ -391,7 +391,7 @@ def table(diagnostics: dict[str, float]) -> str:
     lines = []
     for name in [name for name in MEANINGS if name in diagnostics]:
         values = [f"{diagnostics[n]:.4g}" if n in diagnostics else "" for n in (name, f"valid_{name}")]
-        lines.append(f"    {name:21}{values[0]:>8}{values[1]:>8}   {MEANINGS[name]}")
+        lines.append(f"    {name:21}{values[0]:>10} {values[1]:>10}   {MEANINGS[name]}")
     return "\n".join(lines)
 
 

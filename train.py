@@ -818,7 +818,7 @@ def train(
         entropy: Weight of the entropy bonus.
         gradient_checkpointing: Compute activations twice instead of keeping them.
         save_every: Save a checkpoint every N seconds.
-        shard_weights: Does a process hold all weights, gradients, moments, or a share? auto: all if they fit.
+        shard_weights: none: each process holds all weights, gradients and moments; full: a share; auto: what fits.
     """
     o = SimpleNamespace(**locals())
     rows = rollout.load_prompts(data, limit, prompt_column, answer_column, skip_bad_rows)

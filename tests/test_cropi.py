@@ -100,7 +100,7 @@ def test_a_run_writes_what_its_head_lists(small_world, capsys):
             said = [json.loads(line) for line in (folder / "completions.jsonl").read_text().splitlines()]
             for name, right in (("right", True), ("wrong", False)):
                 last = [one for one in said if (one["reward"] == 1) == right][-1]
-                assert f"{name}: {last['prompt']!r} -> {last['text']!r}" in entry["answers"]
+                assert f"{name}, in training: {last['prompt']!r} -> {last['text']!r}" in entry["answers"]
             assert entry["diagnostics"]["live_prompts"] == len(load_all(out / "rollouts" / "train").live())
     first = report["evaluations"][0]
     assert first["trajectories_offline"] == 60 * 8 + 2 * 12 * 8
