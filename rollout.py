@@ -213,7 +213,7 @@ def sample_trajectories(
     )
     if policy is not None and ids:
         engine.check(policy, trajectories, o.temperature)
-    texts = tokenizer.batch_decode([c.tokens.tolist() for c in completions], skip_special_tokens=True)
+    texts = tokenizer.batch_decode([c.tokens.tolist() for c in completions], skip_special_tokens=True) if ids else []
     repeated = [rows[i] for i in picked for _ in range(o.samples)]  # (N*K,)
     rewards, trajectories.failed = verify(o.reward, repeated, texts, seconds=o.reward_seconds, allowed=allowed)
     trajectories.rewards[:] = rewards.reshape(-1, o.samples)
