@@ -550,7 +550,7 @@ def follow(run: Run, stages: int, prompts: rollout.Prompts, group_by: str) -> No
 
 def what_next(run: Run) -> list[str]:
     """Commands for a page to read, and for a comparison with prompts chosen at random."""
-    here, other = (shlex.quote(str(out)) for out in (run.out, run.out.with_name(f"random-{run.seed}")))
+    here, other = (shlex.quote(f"{run.out}{ending}") for ending in ("", "-random"))
     options = re.sub(r" --(out|selector)[ =]('[^']*'|\S+)", "", shlex.join(sys.argv[1:]))
     commands = [f"python bench/report.py {here}", f"python cropi.py {options} --selector random --out {other}"]
     alone = run.selector == "random" or Path(sys.argv[0]).name != "cropi.py"

@@ -199,7 +199,7 @@ def sample_trajectories(
         allowed: how many verdicts may fail; see `verify`.
     """
     ids, sampling = [prompts[i] for i in picked], {"samples": o.samples, "max_tokens": o.max_tokens, "seed": seed}
-    groups = engine.generate(ids, picked, temperature=o.temperature, **sampling)
+    groups = engine.generate(ids, picked, temperature=o.temperature, **sampling) if ids else []
     completions = [c for group in groups for c in group]  # (N*K,)
     trajectories = Trajectories(
         prompt_index=np.array(picked, np.int32),

@@ -100,10 +100,9 @@ class Loss:
     length: float = 1.0
     mask_truncated: bool = False
 
-    def weights(self, trajectories: Trajectories) -> Array:
-        """1/(Kℓ_k) for the tokens of each trajectory, (N, K)."""
-        length = trajectories.length if self.name == "grpo" else self.length
-        return (1 - trajectories.truncated * self.mask_truncated) / (trajectories.samples * length)
+    def weights(self, length: Array, truncated: Array, samples: int) -> Array:
+        """1/(Kℓ_k) for the tokens of trajectories of these lengths, in an array of the same shape."""
+        return (1 - truncated * self.mask_truncated) / (samples * (length if self.name == "grpo" else self.length))
 
     def advantages(self, rewards: Array) -> Tensor:
         """Â_k: (P, K) -> (P, K)."""
@@ -191,7 +190,7 @@ def collate(trajectories: Trajectories, pieces: Sequence[Piece], device: torch.d
         **{"target": to(target), "source": to(source), "valid": to(valid)},
         behavior_logps=to(trajectories.behavior_logps[stored]),
         advantages=advantages[s].to(device),
-        weight=to(loss.weights(trajectories).flatten()[m][s], dtype=torch.float32),
+        weight=to(loss.weights(length, trajectories.truncated.flatten()[m], samples)[s], dtype=torch.float32),
         length=length.tolist(),
         stored=stored,
     )
@@ -410,7 +409,7 @@ def grpo_step(
         trajectories: those of this process.
         batch: the step's P prompts, of all processes; what else there is among the trajectories does not count.
     """
-    live = [n for n in trajectories.live() if trajectories.prompt_index[n] in batch]
+    live = np.intersect1d(trajectories.live(), np.flatnonzero(np.isin(trajectories.prompt_index, list(batch))))
     batches, sums, largest = [(1, p) for p in micro_batches(trajectories, live, batch_tokens)], Counter(), 0.0
     if isinstance(policy, FSDPModule):  # all must call the layers equally often: a trajectory with weight 0 fills up
         batches += [(0, [(0, [0])])] * (max(rollout.gather(len(batches))) - len(batches))
@@ -418,16 +417,16 @@ def grpo_step(
         laid = collate(trajectories, pieces, rollout.device(), loss)
         logps, token_entropy = policy(laid, temperature, with_entropy=True)
         value = policy_objective(logps, laid.behavior_logps, laid.advantages, clip, clip_high)
-        value = value + entropy * token_entropy
         token_kl = torch.zeros_like(logps)
         if initial is not None:
             with torch.no_grad():
                 initial_logps, _ = initial(laid, temperature)
             token_kl = k3_kl(logps, initial_logps)
-        objective = counts * (laid.weight * (value - kl * token_kl)).sum() / len(batch)
+        value = value + entropy * token_entropy - kl * token_kl
+        objective = counts * (laid.weight * value).sum() / len(batch)
         (-objective).backward()
         log_ratio = (logps - laid.behavior_logps).detach()
-        outside = (log_ratio.exp() < 1 - clip) | (log_ratio.exp() > 1 + (clip_high or clip))
+        outside = (ratio := log_ratio.exp()) != ratio.clamp(1 - clip, 1 + (clip_high or clip))
         means = {"kl": token_kl, "entropy": token_entropy, "outside_clip": outside, "log_ratio": log_ratio.abs()}
         sums.update({name: counts * values.detach().sum().item() for name, values in means.items()})
         sums.update(objective=objective.item(), live_tokens=counts * len(logps))
@@ -440,15 +439,17 @@ DRAWS = 3  # at most, in a step with dynamic sampling
 
 def draw_batch(
     sample: Callable[[Array], Trajectories], order: Array, prompts: int, o: SimpleNamespace
-) -> tuple[Trajectories, list[int], Loss]:
+) -> tuple[Trajectories, list[int], Loss, float]:
     """Sample the first P prompts of the order. With dynamic sampling, sample the next P, and once more, until P groups
     are live: the batch is these, or fewer. Every process samples its share of each P.
 
-    Returns this process's trajectories, the batch's prompts, and what a token weighs.
+    Returns this process's trajectories, the batch's prompts, what a token weighs, and the seconds spent sampling.
     """
-    parts, batch = [], order[:prompts].tolist()
+    parts, batch, seconds = [], order[:prompts].tolist(), 0.0
     for first in range(0, len(order), prompts):
+        start = time.perf_counter()
         parts.append(sample(order[first : first + prompts][RANK::WORLD]))
+        seconds += time.perf_counter() - start  # without the wait for other processes
         trajectories = rollout.join(parts)
         if o.dynamic_sampling:
             live = set().union(*rollout.gather(trajectories.prompt_index[trajectories.live()].tolist()))
@@ -457,23 +458,23 @@ def draw_batch(
             break
     loss = Loss(o.loss, o.max_tokens, o.mask_truncated)
     if o.loss == "dapo":
-        tokens = trajectories.length * replace(loss, length=1).weights(trajectories)  # (N, K); those not masked, over K
+        weights = replace(loss, length=1).weights(trajectories.length, trajectories.truncated, o.samples)
+        tokens = trajectories.length * weights  # (N, K); those that are not masked, over K
         means = rollout.gather(tokens[np.isin(trajectories.prompt_index, batch)].sum())
         loss = replace(loss, length=(sum(means) or 1) / max(1, len(batch)))
-    return trajectories, batch, loss
+    return trajectories, batch, loss, seconds
 
 
-def to_read(trajectories: Trajectories, tokenizer: PreTrainedTokenizerBase, step: int) -> list[dict]:
+def to_read(trajectories: Trajectories, loss: Loss, tokenizer: PreTrainedTokenizerBase, step: int) -> list[dict]:
     """The best and the worst completion of the first live group, for people."""
     n = int([*trajectories.live(), 0][0])
     rewards, read = trajectories.rewards[n], functools.partial(tokenizer.decode, skip_special_tokens=True)
-    advantages = rollout.group_advantages(torch.from_numpy(rewards[None]))[0]
+    about = {"step": step, "prompt_index": int(trajectories.prompt_index[n]), "prompt": read(trajectories.prompt(n))}
+    advantages = loss.advantages(rewards[None])[0].tolist()
     return [
-        {
-            **{"step": step, "prompt_index": int(trajectories.prompt_index[n]), "prompt": read(trajectories.prompt(n))},
-            **{"text": read(trajectories.tokens[trajectories.span(n, k)]), "reward": float(rewards[k])},
-            **{"advantage": advantages[k].item(), "truncated": bool(trajectories.truncated[n, k])},
-        }
+        about
+        | {"text": read(trajectories.tokens[trajectories.span(n, k)]), "reward": float(rewards[k])}
+        | {"advantage": advantages[k], "truncated": bool(trajectories.truncated[n, k])}
         for k in (int(rewards.argmax()), int(rewards.argmin()))
     ]
 
@@ -580,13 +581,13 @@ def run_stage(out: Path, recipe: dict, o: SimpleNamespace, rows: rollout.Prompts
                     engine.sync(policy)
                 how = {"o": o, "seed": seed, "policy": policy, "allowed": allowed}
                 sample = functools.partial(rollout.sample_trajectories, engine, tokenizer, rows, prompt_ids, **how)
-                trajectories, batch, loss = draw_batch(sample, order, prompts, o)
+                trajectories, batch, loss, sampling = draw_batch(sample, order, prompts, o)
             sampled = time.perf_counter() - start
             counts = update(root, initial, adamw, trajectories, o, batch, loss)
-        counts |= {"seconds_rollout": sampled, "save": time.monotonic() - saved >= o.save_every}
+        counts |= {"seconds_rollout": sampled, "sampling": sampling, "save": time.monotonic() - saved >= o.save_every}
         each = rollout.gather(counts)
         log.append({"step": step, "prompts": len(batch)} | metrics(each))
-        facts["completions"] += to_read(trajectories, tokenizer, step)
+        facts["completions"] += to_read(trajectories, loss, tokenizer, step)
         bar.set_postfix(reward=f"{log[-1]['reward']:.2f}")
         warn_of_collapse(log)
         facts["adam_steps"] += o.iterations
@@ -689,7 +690,7 @@ def update(
 
 def metrics(each: list[dict]) -> dict[str, float | None]:
     """A line of the log, from what each process knows of a step; docs/metrics.md says what is in it."""
-    sums, busy = Counter(), [known["seconds_rollout"] + known["seconds_busy"] for known in each]
+    sums, busy = Counter(), [known["sampling"] + known["seconds_busy"] for known in each]
     for known in each:
         sums.update(known["sums"])
     names = ("rewards", "length", "truncated")

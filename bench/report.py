@@ -104,9 +104,11 @@ app = typer.Typer(**rollout.PLAIN)
 
 def rounded(value: object) -> str:
     """A number for a table, or nothing."""
-    if value is None:
-        return ""
-    return f"{value:,.3f}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
+    if value is None or isinstance(value, bool):
+        return "" if value is None else str(value).lower()
+    if isinstance(value, float):
+        return f"{value:,.3f}" if abs(value) >= 0.1 or not value else f"{value:.3g}"
+    return f"{value:,}" if isinstance(value, int) else str(value)
 
 
 def ranking(tensors: dict[str, np.ndarray]) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import time
 from collections import defaultdict
 from types import SimpleNamespace
 
@@ -25,6 +26,10 @@ def options(**given) -> SimpleNamespace:
     return SimpleNamespace(**defaults | {"samples": 6} | given)
 
 
+def weights(loss: Loss, groups: rollout.Trajectories) -> np.ndarray:
+    return loss.weights(groups.length, groups.truncated, groups.samples)
+
+
 def test_weights_worked_by_hand():
     """Two groups of two; lengths 1, 3, 2, 2; the second completion was cut off at 3 tokens."""
     groups = random_trajectories((2, 2), 9, (2, 3), (1, 4), -1.0)
@@ -35,13 +40,13 @@ def test_weights_worked_by_hand():
         "dapo": [[1 / 4, 1 / 4], [1 / 4, 1 / 4]],  # 8 tokens, 2 a completion
         "dr_grpo": [[1 / 6, 1 / 6], [1 / 6, 1 / 6]],  # at most 3 tokens
     }
-    for name, weights in expected.items():
+    for name, by_hand in expected.items():
         loss = train.draw_batch(lambda _: groups, np.arange(2), 2, options(loss=name, samples=2, max_tokens=3))[2]
-        np.testing.assert_allclose(loss.weights(groups), weights)
+        np.testing.assert_allclose(weights(loss, groups), by_hand)
     o = options(loss="dapo", samples=2, max_tokens=3, mask_truncated=True)
     loss = train.draw_batch(lambda _: groups, np.arange(2), 2, o)[2]
-    np.testing.assert_allclose(loss.weights(groups), [[2 / 5, 0], [2 / 5, 2 / 5]])  # 5 tokens: 1/2 of 4/5
-    np.testing.assert_allclose(Loss("grpo", 1.0, True).weights(groups), [[1 / 2, 0], [1 / 4, 1 / 4]])
+    np.testing.assert_allclose(weights(loss, groups), [[2 / 5, 0], [2 / 5, 2 / 5]])  # 5 tokens: 1/2 of 4/5
+    np.testing.assert_allclose(weights(Loss("grpo", 1.0, True), groups), [[1 / 2, 0], [1 / 4, 1 / 4]])
     rewards = np.array([[1.0, 0.0, 0.0, 0.0]], np.float32)
     torch.testing.assert_close(Loss("dr_grpo").advantages(rewards), torch.tensor([[0.75, -0.25, -0.25, -0.25]]))
 
@@ -103,7 +108,7 @@ def test_gradients_are_those_of_trl(moved, ragged, name, mask):
     moved = copy.deepcopy(moved).double()
     theirs = trl_gradient(moved, ragged, name, 0.28, mask)
     o = options(loss=name, mask_truncated=mask)
-    trajectories, batch, loss = train.draw_batch(lambda _: ragged, ragged.prompt_index, 40, o)
+    trajectories, batch, loss, _ = train.draw_batch(lambda _: ragged, ragged.prompt_index, 40, o)
     terms = {"temperature": TEMPERATURE, "clip": 0.2, "clip_high": 0.28, "kl": 0.0, "entropy": 0.0}
     sums = train.grpo_step(train.LogProbs(moved), None, trajectories, batch=batch, batch_tokens=500, loss=loss, **terms)
     assert 0 < sums["outside_clip"] < sums["live_tokens"]
@@ -167,16 +172,33 @@ def test_dynamic_sampling_draws_until_the_batch_is_live():
         return groups
 
     order = np.array([1, 3, 2, 5, 7, 4, 6, 8, 10])
-    trajectories, batch, loss = train.draw_batch(sample, order, 3, options(dynamic_sampling=True))
+    trajectories, batch, loss, _ = train.draw_batch(sample, order, 3, options(dynamic_sampling=True))
     assert asked == [[1, 3, 2], [5, 7, 4], [6, 8, 10]]
     assert batch == [2, 4, 6] and len(trajectories.rewards) == 9  # all are booked
     assert train.draw_batch(sample, order[:6], 3, options(dynamic_sampling=True))[1] == [2, 4]  # fewer, then
     assert train.draw_batch(sample, np.array([2, 4, 1, 3]), 2, options(dynamic_sampling=True))[1] == [2, 4]
     assert asked[-1] == [2, 4]  # no further draw
     o = options(dynamic_sampling=True, loss="dapo")
-    trajectories, batch, loss = train.draw_batch(sample, order, 3, o)
+    trajectories, batch, loss, _ = train.draw_batch(sample, order, 3, o)
     used = np.isin(trajectories.prompt_index, batch)
     assert loss.length == pytest.approx(trajectories.length[used].mean())
+
+
+def test_waiting_for_others_is_not_sampling(monkeypatch):
+    """`imbalance` compares the work of the processes."""
+    groups, gather = random_trajectories((2, 6), 9, (2, 3), (1, 4), -1.0), rollout.gather
+    monkeypatch.setattr(rollout, "gather", lambda *given: time.sleep(0.3) or gather(*given))
+
+    def sample(_):
+        time.sleep(0.1)
+        return groups
+
+    seconds = train.draw_batch(sample, groups.prompt_index, 2, options(loss="dapo", dynamic_sampling=True))[3]
+    assert 0.1 <= seconds < 0.3
+    known = {"sums": {}, "largest_log_ratio": 0.0, "grad_norm": 0.0, "seconds_rollout": 5.0, "seconds_update": 5.0}
+    known |= {name: getattr(groups, name) for name in ("rewards", "length", "truncated")}
+    each = [known | {"sampling": s, "seconds_busy": b} for s, b in ((1.0, 2.0), (0.5, 0.5))]
+    assert train.metrics(each)["imbalance"] == 3 / 2
 
 
 def test_gradient_of_a_batch_leaves_out_what_else_was_sampled(moved, ragged):
@@ -228,6 +250,15 @@ def test_metrics_by_brute_force(tmp_path):
     assert line["all_right"] == sum(all(group) for group in t.rewards == 1) / 40
     assert line["all_wrong"] == sum(not any(group) for group in t.rewards == 1) / 40
     assert 0 <= line["log_ratio"] < 1e-6 < 1e-3 and line["log_ratio"] <= line["largest_log_ratio"] < 1e-4
+
+
+def test_kept_advantages_are_those_of_the_loss(toy, ragged):
+    n = ragged.live()[0]
+    for name in LOSSES:
+        best, worst = train.to_read(ragged, Loss(name, 3.0), toy[1], 0)
+        centered = ragged.rewards[n].max() - ragged.rewards[n].mean()
+        expected = centered if name == "dr_grpo" else centered / (ragged.rewards[n].std(ddof=1) + 1e-6)
+        assert best["advantage"] == pytest.approx(expected, rel=1e-5) and worst["advantage"] < 0
 
 
 def test_completions_are_kept(tmp_path):
