@@ -15,7 +15,7 @@ A step samples K completions for a batch of P prompts and ascends
 
     J = 1/(PK) Σ_x Σ_k 1/ℓ_k Σ_t [ min(ρ_kt Â_k, clip(ρ_kt, 1-ε, 1+ε) Â_k) - c_KL k3_kt + c_H H_kt ]       (6)
 
-    ℓ_k   = |τ_k|, the paper's; `--loss` has others
+    ℓ_k   = |τ_k|, the paper's; `--loss` has others. 1+ε is another bound with `--clip-high`
     Â_k   = (R_k - mean R) / (std R + 1e-6)       over the K completions of the prompt; std divides by K - 1
     ρ_kt  = π_θ(a_kt|h_kt) / π_sampling(a_kt|h_kt)
     k3_kt = q - log q - 1 with q = π_initial(a_kt|h_kt) / π_θ(a_kt|h_kt)
@@ -440,8 +440,8 @@ DRAWS = 3  # at most, in a step with dynamic sampling
 def draw_batch(
     sample: Callable[[Array], Trajectories], order: Array, prompts: int, o: SimpleNamespace
 ) -> tuple[Trajectories, list[int], Loss, float]:
-    """Sample the first P prompts of the order. With dynamic sampling, sample the next P, and once more, until P groups
-    are live: the batch is these, or fewer. Every process samples its share of each P.
+    """Sample the first P prompts of the order. With dynamic sampling (DAPO), sample the next P, and once more, until P
+    groups are live: the batch is these, or fewer. Every process samples its share of each P.
 
     Returns this process's trajectories, the batch's prompts, what a token weighs, and the seconds spent sampling.
     """
