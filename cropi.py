@@ -8,6 +8,7 @@ The algorithm (Data-Efficient RLVR via Off-Policy Influence Guidance, arXiv 2510
     sample K trajectories from β = π_θ0 for every training and validation prompt       rollout.py
     for stage s = 1 .. S:
         (with --refresh-every R: every R stages, sample them anew from π_θ;           rollout.py
+        with --retry-failed M: sample M from π_θ for training prompts that have only failures;
         with --static: the next two lines only in the first stage)
         ĝ, g̃   <- off-policy gradients at θ from β's trajectories, sketched       (2, 3)  project.py
         score  <- cosine with each validation set, ranks fused; the top n = frac·|D|  (4, 5)  select.py
@@ -23,7 +24,7 @@ missing, and nothing else. Many processes share out rollouts, evaluation, scorin
       run.safetensors                      no tensors: the run's recipe, so that a changed option is refused at once
       rollouts/{train,valid-*}/            β's trajectories;  test-*/: the evaluation before training
       stage-01/                            of stage 1
-        rollouts/{train,valid-*}/              β's trajectories, where they were refreshed
+        rollouts/{train,valid-*}/              β's trajectories, where they were refreshed or retried
         gradients-{train,valid-*}/             selection.{safetensors,csv}
         model/  optimizer/                     metrics.jsonl (a line per step)  completions.jsonl (for people)
         test-*/                                the evaluation after this stage
@@ -85,7 +86,7 @@ SHARED = {  # set for `rollout`, these hold for all scripts that have them
 }
 OURS = {  # options that the loop itself gives to each script
     *("out", "model", "data", "seed", "trajectories", "gradients", "valid_gradients", "selector", "frac", "help"),
-    *("selection", "previous", "initial_model", "optimizer", "stage"),
+    *("selection", "previous", "initial_model", "optimizer", "stage", "retry"),
 }
 CODE = project.CODE | select.CODE | {"cropi": rollout.code_digest(__file__)}
 app = typer.Typer(**rollout.PLAIN, help=__doc__.splitlines()[0])
@@ -108,6 +109,8 @@ class Run:
     frac: float
     static: bool
     refresh_every: int
+    retry_failed: int
+    retry_every: int
     seed: int
     keep_states: int
     settings: dict[str, dict]  # options of each script, beside those that are set below
@@ -126,24 +129,26 @@ class Run:
 def curriculum(run: Run, stages: int) -> Iterator[int]:
     """The algorithm. Yields 0 before the first stage and s after stage s. What is there already is not made again."""
     policy, optimizer, selection = run.model, None, None  # θ_0
-    stored = run.out / "rollouts"
-    sample(run, policy, stored, run.seed)  # β = π_θ0
-    evaluate(run, policy, stored)
+    stored = sample(run, policy, run.out / "rollouts", run.seed)  # β = π_θ0
+    evaluate(run, policy, run.out / "rollouts")
     yield 0
     for s in range(1, stages + 1):
         stage, seed = run.stage(s), 1000 * run.seed + s - 1
-        if run.refresh_every and s > 1 and (s - 1) % run.refresh_every == 0:
-            stored = stage / "rollouts"
-            sample(run, policy, stored, seed)  # β = π_θ
+        if s > 1 and run.refresh_every and (s - 1) % run.refresh_every == 0:
+            stored = sample(run, policy, stage / "rollouts", seed)  # β = π_θ
+        elif s > 1 and run.retry_failed and (s - 1) % run.retry_every == 0 and "train" in stored:
+            how = run.settings["rollout"] | {"samples": run.retry_failed}
+            retry, stored = stored["train"], stored | {"train": stage / "rollouts" / "train"}
+            call("rollout", model=policy, data=run.pool, retry=retry, out=stored["train"], seed=seed, **how)
         if s == 1 or not run.static:
             gradients = {name: stage / f"gradients-{name}" for name in run.sets(select.GRADIENTS)}
             for name, out in gradients.items():  # ĝ and its sketch g̃ (2, 3)
-                call("project", model=policy, trajectories=stored / name, out=out, seed=seed, **run.settings["project"])
+                call("project", model=policy, trajectories=stored[name], out=out, seed=seed, **run.settings["project"])
             previous, selection = selection, stage / "selection.safetensors"
             call(  # cosines, ranks, fusion (4, 5)
                 "select",
                 data=run.pool,
-                trajectories=stored / "train" if run.sets(select.TRAJECTORIES) else None,
+                trajectories=stored.get("train"),
                 gradients=gradients.get("train"),
                 valid_gradients=[out for name, out in gradients.items() if name != "train"],
                 previous=previous,
@@ -161,10 +166,11 @@ def curriculum(run: Run, stages: int) -> Iterator[int]:
         yield s
 
 
-def sample(run: Run, policy: Path, folder: Path, seed: int) -> None:
-    """K trajectories for each prompt of the sets that the selector looks at."""
+def sample(run: Run, policy: Path, folder: Path, seed: int) -> dict[str, Path]:
+    """K trajectories for each prompt of the sets that the selector looks at: name -> folder."""
     for name, (use, source) in run.sets(select.TRAJECTORIES).items():
         call("rollout", model=policy, data=source, out=folder / name, seed=seed, **run.settings[use])
+    return {name: folder / name for name in run.sets(select.TRAJECTORIES)}
 
 
 def evaluate(run: Run, policy: Path, folder: Path) -> None:
@@ -212,7 +218,7 @@ def report_stage(run: Run, s: int, steps: int) -> dict:
     entry["seconds_evaluation"] = sum(sums["seconds"] for sums in tests.values())
     if (fresh := stage / "rollouts" if s else stage).is_dir():
         sums = rollout.totals(*(fresh / name for name in run.sets(select.TRAJECTORIES)))
-        entry |= {"seconds_rollout": sums["seconds"], "trajectories_offline": sums["trajectories"]}
+        entry |= {"seconds_rollout": sums["seconds"], "trajectories_offline": sums["sampled"]}
     if not s:
         return entry
     trained, selection = rollout.peek(stage / "model")["facts"], stage / "selection.safetensors"
@@ -400,7 +406,8 @@ def read(settings: dict[str, dict], use: str, source: str) -> rollout.Prompts:
 
 def run_recipe(run: Run, prompts: rollout.Prompts) -> dict:
     """All that the run depends on but its extent: stages and test sets."""
-    options = {name: getattr(run, name) for name in ("selector", "frac", "static", "refresh_every", "seed")}
+    names = ("selector", "frac", "static", "refresh_every", "retry_failed", "retry_every", "seed")
+    options = {name: getattr(run, name) for name in names}
     for use in [use for use in USES if use != "test"]:
         every = {name: option.default for name, option in options_of(use).items()} | run.settings[use]
         every = rollout.make_recipe("run", CODE, every)["options"]
@@ -428,6 +435,8 @@ def run(
     selector: select.Selector = "influence",
     static: bool = False,
     refresh_every: rollout.Natural = 0,
+    retry_failed: rollout.Natural = 0,
+    retry_every: rollout.Count = 1,
     seed: rollout.Natural = 0,
     out: Path | None = None,
     assignments: Annotated[list[str], typer.Option("--set")] = [],
@@ -450,6 +459,8 @@ def run(
         selector: influence, inner, grad-norm, full, random, pass-rate, learnability, hardest, or FILE.py:FUNCTION.
         static: Choose once, before the first stage.
         refresh_every: Sample the stored trajectories anew every N stages; 0: never.
+        retry_failed: Before each later stage, sample N more for every training prompt that has only failures; 0: never.
+        retry_every: Do that every N stages.
         out: Folder of the run.  [default: runs/SELECTOR-SEED, or runs/FILE-FUNCTION-SEED]
         assignments: SCRIPT.OPTION=VALUE, such as train.lr=1e-4; repeat.
         processes: Run in so many processes on this machine, one to a GPU; for several machines use torchrun.
@@ -471,7 +482,8 @@ def run(
         read(settings, use, source)
     toy_sets = pool != TOY_POOL and (valid == TOY_VALID or test == TOY_TEST)
     require(not toy_sets, f"{pool} needs validation and test sets of its own: --valid FILE --test FILE")
-    require(not (static and refresh_every), "--static chooses once; --refresh-every would sample for no selection")
+    again = "--refresh-every and --retry-failed would sample for no selection"
+    require(not (static and (refresh_every or retry_failed)), f"--static chooses once; {again}")
     file, colon, function = selector.rpartition(":")
     out = out or Path("runs") / f"{Path(file).stem}{'-' * bool(colon)}{function}-{seed}"
     ours = r"run\.safetensors|rollouts|stage-(?!00)\d+|(curve|selection)\.png|report\.json"
@@ -480,7 +492,7 @@ def run(
     require(not strange, f"{wrong}; choose a new --out")
     this = Run(
         *(out, rollout.model_folder(model), pool, valid_sets, test_sets, selector, frac),
-        *(static, refresh_every, seed, keep_states, settings),
+        *(static, refresh_every, retry_failed, retry_every, seed, keep_states, settings),
     )
     rollout.check_out(out)
     with locked(out) if RANK == 0 else nullcontext():

@@ -141,18 +141,18 @@ def staleness(log_ratio: Array, length: Array) -> dict[str, Array]:
 
     Args:
         log_ratio: (T,) log ρ of all tokens, trajectory after trajectory, prompt after prompt.
-        length: (N, K) tokens of each trajectory.
+        length: (N, K) tokens of each trajectory, 0 where there is none.
     """
-    tokens, log_ratio = length.sum(1), log_ratio.astype(np.float64)
+    tokens, log_ratio, there = length.sum(1), log_ratio.astype(np.float64), length.flatten() > 0
     starts = np.cumsum(tokens) - tokens
-    by_trajectory = np.add.reduceat(log_ratio, np.cumsum(length) - length.flatten())  # (N*K,)
+    by_trajectory = np.add.reduceat(log_ratio, (np.cumsum(length) - length.flatten())[there])
     change, k3 = np.abs(log_ratio), k3_kl(torch.zeros(1), torch.from_numpy(log_ratio)).clamp(min=0).numpy()
     return {
         "token_kl": np.add.reduceat(k3, starts) / tokens,
         "mean_change": np.add.reduceat(change, starts) / tokens,
         "largest_change": np.maximum.reduceat(change, starts),
         "ess_token": effective_sample_size(log_ratio, tokens),
-        "ess_trajectory": effective_sample_size(by_trajectory, np.full_like(tokens, length.shape[1])),
+        "ess_trajectory": effective_sample_size(by_trajectory, np.count_nonzero(length, axis=1)),
     }
 
 
@@ -358,7 +358,7 @@ def project_groups(
         "sketch": sketch.cpu().numpy(),
         "prompt_index": groups.prompt_index,
         "grad_norm": norm,
-        "pass_rate": groups.rewards.mean(1),
+        "pass_rate": np.nanmean(groups.rewards, 1),
         "half_sketch": first_half[torch.from_numpy(halved)].cpu().numpy(),
         "half_index": groups.prompt_index[halved],
         **staleness(log_ratio, groups.length),
@@ -404,7 +404,8 @@ def project(
     shards = rollout.shards(trajectories, "trajectories")
     sampled = next(iter(shards.values()))["recipe"]
     foreign = f"{trajectories} was sampled by another model than {model} or those it was trained from"
-    require(sampled["inputs"]["model"] in train.lineage(model), f"{foreign}; run rollout.py again")
+    samplers = {sampled["inputs"]["model"], *(sampled["inputs"]["retry"] or ())}
+    require(samplers <= set(train.lineage(model)), f"{foreign}; run rollout.py again")
     sums, count = rollout.totals(trajectories), sampled["shard"]["count"]
     rollout.use_deterministic(deterministic)
     rollout.check_out(out)
@@ -427,7 +428,7 @@ def project(
         for path, made_from in rollout.progress(missing.items(), f"project {trajectories.name}", "shard"):
             groups, record = rollout.load_trajectories(trajectories / path.name)
             groups = groups.take(groups.live())
-            halved = np.isin(groups.prompt_index, chosen) & (groups.samples % 2 == 0)  # an odd K has no halves
+            halved = np.isin(groups.prompt_index, chosen) & (groups.sizes % 2 == 0)  # an odd K has no halves
             with train.named(str(trajectories / path.name)):
                 tensors = project_groups(sketcher, groups, halved, temperature, batch_tokens, weighing)
             seconds, clock = time.perf_counter() - clock, time.perf_counter()

@@ -10,10 +10,10 @@ Writes  a folder of shards, 00000.safetensors, 00001.safetensors ..., each with 
     prompt_index   int32   (N,)    row of the data set
     prompt_length  int32   (N,)    tokens of the prompt
     prompt_tokens  int32   (Tp,)   the prompts' ids, one prompt after another
-    length         int32   (N,K)   tokens of each completion, the end token included
+    length         int32   (N,K)   tokens of each completion, the end token included; 0 where a group has fewer than K
     tokens         int32   (T,)    the completions' ids as they were sampled, one after another; never re-tokenised
     behavior_logps float32 (T,)    log β(a_t|h_t) of each of these tokens
-    rewards        float32 (N,K)   R_k, the verifier's verdict
+    rewards        float32 (N,K)   R_k, the verifier's verdict; NaN where there is no completion
     truncated      uint8   (N,K)   1 where max_tokens cut the completion off before its end token
 
 This is the first script of five; each imports from those before it: rollout, train, project, select, cropi. What all
@@ -108,7 +108,8 @@ class Trajectories:
     failed: dict[str, int] = field(default_factory=dict)  # verdicts that could not be had: `errors`, `timeouts`
 
     def __post_init__(self):
-        self.samples = self.rewards.shape[1]  # K
+        self.samples = self.rewards.shape[1]  # K, of the largest group
+        self.sizes = np.count_nonzero(self.length, axis=1)  # (N,) of each group
         self.prompt_offsets = np.concatenate([[0], np.cumsum(self.prompt_length, dtype=np.int64)])  # (N+1,)
         # Trajectory k of prompt n has tokens[offsets[m] : offsets[m+1]], and these log-probs, with m = n*K + k.
         self.offsets = np.concatenate([[0], np.cumsum(self.length, dtype=np.int64)])  # (N*K+1,)
@@ -126,7 +127,11 @@ class Trajectories:
 
     def live(self) -> Array:
         """The prompts n whose rewards differ. In all others every advantage, and so the gradient, is exactly 0."""
-        return np.flatnonzero(np.ptp(self.rewards, axis=1) > 0)
+        return np.flatnonzero(np.nanmax(self.rewards, 1) > np.nanmin(self.rewards, 1))
+
+    def failures(self) -> Array:
+        """The prompts n whose group has only failures: rewards do not differ, and none is that of a right answer."""
+        return np.setdiff1d(np.flatnonzero(~self.right().any(1)), self.live())
 
     def right(self) -> Array:
         """Which completions are right, (N, K) bool."""
@@ -134,9 +139,10 @@ class Trajectories:
 
     def counts(self) -> dict[str, float]:
         """Facts of a shard that add up over shards. `solved` are the prompts with a right completion (pass@K)."""
-        counts = {"trajectories": self.rewards.size, "tokens": len(self.tokens), "live": len(self.live())}
-        counts["solved"] = int(self.right().any(1).sum())
-        return counts | {name: getattr(self, name).sum(dtype=float) for name in ("rewards", "truncated")} | self.failed
+        counts = {"trajectories": int(self.sizes.sum()), "tokens": len(self.tokens), "live": len(self.live())}
+        counts |= {"solved": int(self.right().any(1).sum()), "failures": len(self.failures())}
+        sums = {name: np.nansum(getattr(self, name), dtype=float) for name in ("rewards", "truncated")}
+        return counts | sums | self.failed
 
     def take(self, kept: Array) -> Trajectories:
         """The same of some prompts, in the same order: `kept` holds their places n."""
@@ -151,8 +157,14 @@ TENSORS = tuple(name for name in Trajectories.__dataclass_fields__ if name != "f
 
 
 def join(parts: Sequence[Trajectories]) -> Trajectories:
-    """Those of different prompts, one part after another."""
-    joined = Trajectories(*(np.concatenate([getattr(part, name) for part in parts]) for name in TENSORS))
+    """Those of different prompts, one part after another; the tables (N, K) become as wide as the widest."""
+
+    def wide(part: Trajectories, name: str) -> Array:
+        values, absent = getattr(part, name), np.nan if name == "rewards" else 0
+        missing = max(other.samples for other in parts) - part.samples
+        return np.pad(values, ((0, 0), (0, missing)), constant_values=absent) if values.ndim == 2 else values
+
+    joined = Trajectories(*(np.concatenate([wide(part, name) for part in parts]) for name in TENSORS))
     joined.failed = dict(sum((Counter(part.failed) for part in parts), Counter()))
     return joined
 
@@ -161,13 +173,16 @@ def group_advantages(rewards: Tensor, scale: bool = True) -> Tensor:
     """Â_k = (R_k - mean R) / (std R + 1e-6): (P, K) -> (P, K). Equation 2; std is the sample's (divided by K - 1).
 
     Args:
+        rewards: NaN where a group has fewer than K trajectories, whose Â is 0.
         scale: divide by the standard deviation (Dr. GRPO does not).
 
     >>> group_advantages(torch.tensor([[1.0, 0.0, 0.0, 0.0]]))  # mean 1/4, std 1/2
     tensor([[ 1.5000, -0.5000, -0.5000, -0.5000]])
     """
-    centered = rewards - rewards.mean(1, keepdim=True)
-    return centered / (rewards.std(1, keepdim=True) + 1e-6) if scale else centered
+    sizes = (~rewards.isnan()).sum(1, keepdim=True)
+    centered = (rewards - rewards.nanmean(1, keepdim=True)).nan_to_num()
+    std = (centered.square().sum(1, keepdim=True) / (sizes - 1).clamp(min=1)).sqrt()
+    return centered / (std + 1e-6) if scale else centered
 
 
 def load_trajectories(path: Path) -> tuple[Trajectories, dict]:
@@ -233,6 +248,7 @@ def rollout(
     prompt_column: str | None = None,
     answer_column: str | None = None,
     skip_bad_rows: bool = False,
+    retry: Path | None = None,
     samples: Count = 8,
     temperature: Positive = 1.0,
     max_tokens: Count = 8,
@@ -260,6 +276,7 @@ def rollout(
         prompt_column: Column of the prompt: a string, or chat messages.  [default: prompt, problem, question, messages]
         answer_column: Column of the answer.  [default: answer, solution, reward_model.ground_truth]
         skip_bad_rows: Drop rows without prompt or answer.
+        retry: Folder of trajectories: sample only prompts that have nothing but failures there, keep the rest.
         samples: K, completions per prompt.
         temperature: The policy is softmax(logits / temperature).
         max_tokens: Longest completion, in tokens.
@@ -282,12 +299,17 @@ def rollout(
     o.model = model_folder(model)
     use_deterministic(deterministic)
     check_out(out)
-    recipe = make_recipe("trajectories", CODE, vars(o), model=model_identity(o.model), data=rows.digest)
-    missing = unmade(out, shard_recipes(recipe, len(rows), shard))
+    recipe = make_recipe("trajectories", CODE, vars(o), model=model_identity(o.model), data=rows.digest, retry=None)
+    recipes = retry_recipes(recipe, retry) if retry else shard_recipes(recipe, len(rows), shard)
+    missing = unmade(out, recipes)
     if missing:
         make_shards(missing, rows, o)
     gather()
-    if missing and RANK == 0:
+    if missing and RANK == 0 and retry:
+        sums, before = totals(out), totals(retry)
+        won = f"{before['failures'] - sums['failures']} of {before['failures']} prompts with failures alone now have"
+        say(f"{out}: {won} a success, {before['live']} -> {sums['live']} live prompts")
+    elif missing and RANK == 0:
         sums = totals(out)
         mean, cut, solved = (sums[name] / sums["trajectories"] for name in ("rewards", "truncated", "solved"))
         said = f"{sums['trajectories'] // samples} prompts x {samples}, pass@{samples} {solved * samples:.3f}"
@@ -307,12 +329,43 @@ def make_shards(missing: dict[Path, dict], rows: Prompts, o: SimpleNamespace) ->
     allowed, seed = max(1, o.max_errors * o.samples * len(kept)), [o.seed, int(rows.digest, 16)]
     for path, recipe in progress(missing.items(), f"rollout {o.out.name}", "shard"):
         picked = [i for i in range(recipe["shard"]["first"], recipe["shard"]["last"] + 1) if i in kept]
+        if o.retry:
+            stored = load_trajectories(o.retry / path.name)[0]
+            picked = stored.prompt_index[stored.failures()].tolist()
         checks = {"policy": policy, "allowed": allowed}
         trajectories = sample_trajectories(engine, tokenizer, rows, encoded, picked, o, seed, **checks)
         allowed -= sum(trajectories.failed.values())
+        sampled = trajectories.rewards.size  # what it cost; the shard may hold more
+        trajectories = replace_failures(stored, trajectories) if o.retry else trajectories
         seconds, clock = time.perf_counter() - clock, time.perf_counter()
-        made = facts(seconds, model=str(o.model), data=o.data, **trajectories.counts())
+        made = facts(seconds, model=str(o.model), data=o.data, sampled=sampled, **trajectories.counts())
         save(path, trajectories.tensors(), recipe, made)
+
+
+def replace_failures(stored: Trajectories, fresh: Trajectories) -> Trajectories:
+    """The stored groups, but in place of those of failures alone fresh ones that have a success. (Not a fair sample of
+    the policy: the fresh ones are kept because they have one.)"""
+    won = np.setdiff1d(np.arange(len(fresh.sizes)), fresh.failures())
+    kept = np.flatnonzero(~np.isin(stored.prompt_index, fresh.prompt_index[won]))
+    made = join([stored.take(kept), fresh.take(won)])
+    made.failed = fresh.failed
+    return made
+
+
+def retry_recipes(recipe: dict, folder: Path) -> list[dict]:
+    """The recipes of the shards that take the place of those in a folder of trajectories.
+
+    Raises:
+        BadInput: they are of other data, or were sampled with other options.
+    """
+    records, free = shards(folder, "trajectories"), dict.fromkeys(("samples", "seed", "engine", "dtype"))
+    stored = next(iter(records.values()))["recipe"]
+    made, now = ([r["options"] | free, r["inputs"]["data"]] for r in (stored, recipe))
+    ways = "--retry needs trajectories of the same data and options"
+    require(made == now, f"{folder}: {' and '.join(differences(stored, recipe)[:5])}; {ways}")
+    models = {"retry": [stored["inputs"]["model"], *(stored["inputs"]["retry"] or [])]}  # all that sampled a group
+    recipe = recipe | {"inputs": recipe["inputs"] | models}
+    return [recipe | {"shard": r["recipe"]["shard"] | {"trajectories": r["identity"]}} for r in records.values()]
 
 
 showing = typer.Typer(**PLAIN)
@@ -339,10 +392,10 @@ def show(
     advantages, folder = group_advantages(torch.from_numpy(t.rewards)), next(iter(records.values()))["facts"]["model"]
     tokenizer = AutoTokenizer.from_pretrained(model_folder(model or Path(folder)), trust_remote_code=False)
     read = functools.partial(tokenizer.decode, skip_special_tokens=True)
-    key = {"reward": -t.rewards.mean(1), "length": -t.length.mean(1), "prompt": t.prompt_index}[sort]
+    key = {"reward": -np.nanmean(t.rewards, 1), "length": -t.length.sum(1) / t.sizes, "prompt": t.prompt_index}[sort]
     for n in np.argsort(key, kind="stable")[:prompts]:
         typer.secho(f"prompt {t.prompt_index[n]}: {read(t.prompt(n))}\n  reward      Â  tokens", bold=True)
-        for k in range(t.samples):
+        for k in range(t.sizes[n]):
             about = f"{t.rewards[n, k]:8.2f} {advantages[n, k]:+6.2f} {t.length[n, k]:7d}  "
             text = read(t.tokens[t.span(n, k)]) + " [truncated]" * int(t.truncated[n, k])
             typer.secho(about + text.replace("\n", "\n" + " " * len(about)), fg="green" if t.right()[n, k] else "red")
@@ -1262,7 +1315,7 @@ def progress(items: Iterable, label: str, unit: str, initial: int = 0, total: in
 # A file's record is {recipe, facts, identity}. The recipe is everything that bears on the tensors; facts (seconds,
 # counts, versions) do not. The identity covers recipe and tensors, so a file that is made again is the same file.
 
-FORMAT = "cropi/6"  # raised whenever a formula's result changes
+FORMAT = "cropi/7"  # raised whenever a formula's result changes
 # Results do not depend on these.
 FREE = {"out", "deterministic", "batch_tokens", "gpu_memory", "max_errors", "save_every", "shard", "shard_weights"}
 

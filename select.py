@@ -255,9 +255,13 @@ def join(tables: list[dict[str, Array]]) -> dict[str, Array]:
 def of_trajectories(folder: Path, count: int) -> dict[str, Array]:
     """pass_rate, length, truncated: means over the stored trajectories of each of N prompts, (N,) each."""
     columns = {"pass_rate": "rewards", "length": "length", "truncated": "truncated"}
-    loaded = (rollout.load(path, "trajectories")[0] for path in rollout.shards(folder, "trajectories"))
-    stored = join([{name: tensors[name] for name in ("prompt_index", *columns.values())} for tensors in loaded])
-    return {name: spread(stored[of].mean(1), stored["prompt_index"], count) for name, of in columns.items()}
+    tables = []
+    for path in rollout.shards(folder, "trajectories"):
+        stored, _ = rollout.load(path, "trajectories")
+        means = {name: stored[of].mean(1, where=stored["length"] > 0) for name, of in columns.items()}
+        tables.append(means | {"prompt_index": stored["prompt_index"]})
+    table = join(tables)
+    return {name: spread(table[name], table["prompt_index"], count) for name in columns}
 
 
 def read_gradients(folder: Path, directions: Array = ()) -> tuple[dict[str, Array], Array, Array]:

@@ -100,7 +100,7 @@ class Loss:
     length: float = 1.0
     mask_truncated: bool = False
 
-    def weights(self, length: Array, truncated: Array, samples: int) -> Array:
+    def weights(self, length: Array, truncated: Array, samples: Array | int) -> Array:
         """1/(Kℓ_k) for the tokens of trajectories of these lengths, in an array of the same shape."""
         return (1 - truncated * self.mask_truncated) / (samples * (length if self.name == "grpo" else self.length))
 
@@ -160,7 +160,7 @@ def collate(trajectories: Trajectories, pieces: Sequence[Piece], device: torch.d
     groups, samples = [n for n, _ in pieces], trajectories.samples
     m = np.concatenate([n * samples + np.asarray(ks) for n, ks in pieces])  # (S,) the trajectories, n*K + k
     piece = np.repeat(np.arange(len(pieces)), [len(ks) for _, ks in pieces])  # (S,) the row of each
-    length = trajectories.length.flatten()[m]  # (S,)
+    length, sizes = trajectories.length.flatten()[m], trajectories.sizes[groups][piece]  # (S,), K of its group
     fed = length - 1  # (S,) all tokens but the last are inputs
     ahead = np.cumsum(fed) - fed  # (S,) inputs of the trajectories before it, in the batch ...
     ahead -= ahead[np.searchsorted(piece, piece)]  # ... and in its row
@@ -190,7 +190,7 @@ def collate(trajectories: Trajectories, pieces: Sequence[Piece], device: torch.d
         **{"target": to(target), "source": to(source), "valid": to(valid)},
         behavior_logps=to(trajectories.behavior_logps[stored]),
         advantages=advantages[s].to(device),
-        weight=to(loss.weights(length, trajectories.truncated.flatten()[m], samples)[s], dtype=torch.float32),
+        weight=to(loss.weights(length, trajectories.truncated.flatten()[m], sizes)[s], dtype=torch.float32),
         length=length.tolist(),
         stored=stored,
     )
@@ -203,7 +203,7 @@ def halves(rewards: Array) -> list[Array]:
     >>> [half.tolist() for half in halves(np.array([1.0, 0.0, 0.0, 1.0]))]
     [[1, 0], [2, 3]]
     """
-    order = np.argsort(rewards, kind="stable")
+    order = np.argsort(rewards, kind="stable")[: np.count_nonzero(~np.isnan(rewards))]  # NaN: no trajectory
     return [order[::2], order[1::2]]
 
 
@@ -219,7 +219,7 @@ def micro_batches(
     pieces, sizes = [], []
     for n in map(int, prompts):
         prompt, fed = int(trajectories.prompt_length[n]), trajectories.length[n] - 1
-        group = np.arange(len(fed))
+        group = np.arange(trajectories.sizes[n])
         for ks in halves(trajectories.rewards[n]) if halved is not None and halved[n] else [group]:
             while len(ks):
                 fitting = max(1, np.searchsorted(np.cumsum(fed[ks]), batch_tokens - prompt, side="right"))

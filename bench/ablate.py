@@ -20,9 +20,12 @@ A selector, a reward, a loss and data of your own, each in one command beside wh
         --set rollout.prompt_column=task --set rollout.answer_column=target
 
 An arm is a name and options of `cropi.py run`. `--arm` replaces the ten of the study by arms of your own; what stands
-after `--` goes to every run. One folder holds the study: a run folder ARM-SEED and a log ARM-SEED.log each, and
-study.json, which says what the arms were. The same command resumes a study that was stopped, and makes only what is
-missing; with other options, a study or a run in it is refused, by name.
+after `--` goes to every run. `--world curriculum` is the bundled world of toy/curriculum. One folder holds the study: a
+run folder ARM-SEED and a log ARM-SEED.log each, and study.json, which says what the arms were. The same command resumes
+a study that was stopped, and makes only what is missing; with other options, a study or a run is refused, by name.
+
+`--reports FOLDER` keeps what compare.py needs of each run, a few kB, as FOLDER/WORLD-ARM-SEED.json. A run whose report
+is there is not made again, so a study outlives its run folders.
 """
 
 import json
@@ -43,6 +46,8 @@ sys.path.insert(0, str(ROOT))
 # spinning ones have made a scoring pass of 2.7 s take 60; sleeping costs about a tenth.
 os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 
+import compare  # noqa: E402
+
 import cropi  # noqa: E402
 import rollout  # noqa: E402
 from rollout import BadInput, require  # noqa: E402
@@ -58,6 +63,13 @@ ARMS = {
     "hardest": "--selector hardest",
     "inner": "--selector inner",
     "grad-norm": "--selector grad-norm",
+}
+CURRICULUM = rollout.TOY / "curriculum"
+WORLDS = {  # name -> options of cropi.py run
+    "toy": "",
+    "curriculum": f"--model {CURRICULUM}/model --train {CURRICULUM}/train.jsonl --set rollout.max_tokens=16"
+    + "".join(f" --valid {CURRICULUM}/valid-{name}.jsonl" for name in ("irn", "sl", "w"))
+    + "".join(f" --test {CURRICULUM}/test-{name}.jsonl" for name in ("irn", "sl", "w", "untargeted")),
 }
 QUICK = ("influence", "full", "random")
 app = typer.Typer(**rollout.PLAIN)
@@ -109,12 +121,18 @@ def ablate(
     stages: Annotated[
         int | None, typer.Option(min=1, help="Of a run whose arm does not say.  [default: 8; 4 with --quick]")
     ] = None,
+    first_seed: Annotated[int, typer.Option(min=0, help="The first of the seeds.")] = 0,
+    world: Annotated[str, typer.Option(help="toy, or curriculum: the bundled worlds.")] = "toy",
+    reports: Annotated[
+        Path | None, typer.Option(help="Folder for a report of each run, which replaces the run.")
+    ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="The small form, in runs/quick.")] = False,
     out: Annotated[Path | None, typer.Option(help="Folder of the study.  [default: runs/study]")] = None,
 ) -> None:
     seeds, stages = seeds or (3 if quick else 5), stages or (4 if quick else 8)
     out = out or Path("runs") / ("quick" if quick else "study")
-    common = (["--set", "train.steps=20"] if quick else []) + (common or [])
+    require(world in WORLDS, f"--world {world}: no such world; there is {', '.join(WORLDS)}")
+    common = shlex.split(WORLDS[world]) + (["--set", "train.steps=20"] if quick else []) + (common or [])
     arms = read_arms(arm or [f"{name}={options}" for name, options in ARMS.items() if name in QUICK or not quick])
     given = {word.partition("=")[0] for options in (common, *arms.values()) for word in options}
     require(not given & {"--seed", "--out"}, "--seed and --out of each run are set here; there are --seeds and --out")
@@ -142,16 +160,25 @@ def ablate(
     rollout.load_model(rollout.TOY / "model")  # transformers imports the model's code now, not on the first run's clock
     shown = "{desc}: {percentage:3.0f}%|{bar}| {n:.1f} of {total} runs [{elapsed}<{remaining}]"
     with tqdm(total=len(arms) * seeds, bar_format=shown, disable=None) as bar:
-        for seed in range(seeds):  # all arms of a seed before the next, so that a slow hour of the machine hits all
+        for seed in range(
+            first_seed, first_seed + seeds
+        ):  # all arms of a seed before the next, so that a slow hour of the machine hits all
             names = list(arms)[seed % len(arms) :] + list(arms)[: seed % len(arms)]  # and none is always the first
             for name, options in ((name, arms[name]) for name in names):
                 bar.set_description(f"{name}, seed {seed}")
+                report = reports and reports / f"{world}-{name}-{seed}.json"
+                if report and report.exists():
+                    compare.read_kept(report, [*common, *options])
+                    bar.update(1)
+                    continue
                 words = ["--stages", str(stages), *common, *options]  # of --stages given twice, the last holds
                 words += ["--seed", str(seed), "--out", str(out / f"{name}-{seed}")]
                 with open(out / f"{name}-{seed}.log", "a") as file:
                     log = Log(file, bar)
                     with redirect_stdout(log), redirect_stderr(log):
                         command.invoke(command.make_context("cropi.py", words))
+                if report:
+                    compare.keep(report, out / f"{name}-{seed}", f"{name}-{seed}", [*common, *options])
                 tqdm.write(f"{out / f'{name}-{seed}'}: done")
     print(f"{out}: {len(arms)} arms, {seeds} seeds each; next: python bench/compare.py {out}")
 

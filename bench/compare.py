@@ -3,6 +3,7 @@
     python bench/compare.py runs/study                                # a folder of runs, as bench/ablate.py leaves it
     python bench/compare.py runs/full-* runs/influence-* --out here   # or the runs themselves, ARM-SEED each
     python bench/compare.py runs/influence-0 runs/random-0            # two runs: and who chose what
+    python bench/compare.py docs/study/toy-*.json --against static    # reports that bench/ablate.py --reports has kept
 
 Runs that differ in nothing but their seed are an *arm*. Accuracy is the mean over the targeted test sets (untargeted:
 over the others). Steps, trajectories sampled (offline and in training) and seconds are what it cost: the seconds of
@@ -28,6 +29,9 @@ seeds, 75 to 91% with three; with two there is none. An arm that does not reach 
 which counts as an acceleration of 0. The test prompts are the same for all seeds: what another choice of them would
 change is in no interval but the standard error of a point. "Best, smoothed" is the mean of the seeds' own.
 
+With `--against ARM`, the table also has each arm's final accuracy less that ARM's, paired by seed: the mean over the
+seeds that both have, and its interval by Student's t.
+
 Of two arms, it also says which prompts only one of them ever chose: OUT-chosen.csv has how many times each arm did.
 
 Prints the table and writes OUT.json (the table, and the curves seed by seed), OUT.png and OUT.md. The table stands
@@ -39,7 +43,9 @@ import itertools
 import json
 import os
 import re
+import shlex
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -178,12 +184,17 @@ def mean_interval(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 # From folders to arms
 
 RUN = "run.safetensors"  # cropi.py's, which holds what the run was made from
+KEPT = '"cropi run"'  # the mark of a report that was kept
 
 
 def find_runs(paths: list[Path]) -> list[Path]:
-    """The run folders among the paths and directly below them; other files (a study's logs) are passed over."""
+    """The run folders among the paths and directly below them, and reports that were kept of runs; other files (a
+    study's logs) are passed over."""
     runs = []
     for path in paths:
+        if path.is_file() and path.suffix == ".json" and KEPT in path.read_text():
+            runs.append(path)
+            continue
         files = [path / RUN] if (path / RUN).is_file() else sorted(path.glob(f"*/{RUN}"))
         require(bool(files) or path.is_file(), f"{path}: no run here (a folder with {RUN})")
         runs += [file.parent for file in files]
@@ -196,10 +207,37 @@ class Finished:
     """A run whose report is there."""
 
     path: Path
+    name: str  # ARM-SEED
     seed: int
     made_from: dict[str, object]  # option or input, as one would give it to cropi.py -> its value, or its digest
     tests: dict[str, dict]  # name of a test set -> recipe of its trajectories, but for the seed
     report: dict
+    errors: list[float]  # standard errors of the targeted accuracies
+
+
+def keep(path: Path, run: Path, name: str, options: list[str]) -> None:
+    """Write all that is needed of a finished run into a small file."""
+    finished = vars(read_run(run)) | {"name": name}
+    del finished["path"]
+    for entry in finished["report"]["evaluations"]:
+        entry.pop("answers", None)
+    short = json.loads(json.dumps(without_nan(finished)), parse_float=lambda number: float(f"{float(number):.6g}"))
+    text = json.dumps({"kind": "cropi run", "options": options} | short)
+    with rollout.new_file(path) as temporary:
+        temporary.write_text(text.replace('{"stage": ', '\n{"stage": ') + "\n")
+
+
+def read_kept(path: Path, options: list[str] | None = None) -> Finished:
+    """A run from the file that `keep` wrote.
+
+    Raises:
+        BadInput: it was made with other options than these.
+    """
+    kept = json.loads(path.read_text())
+    was = kept.pop("options")
+    require(options in (None, was), f"{path} was made with '{shlex.join(was)}'; remove it, or choose another name")
+    kept["errors"] = [np.nan if error is None else error for error in kept["errors"]]
+    return Finished(path, **{name: value for name, value in kept.items() if name != "kind"})
 
 
 def read_run(path: Path) -> Finished:
@@ -208,6 +246,8 @@ def read_run(path: Path) -> Finished:
     Raises:
         BadInput: it is not finished, is of another format, or has no targeted test set.
     """
+    if path.is_file():
+        return read_kept(path)
     recipe = rollout.peek(path / RUN)["recipe"]
     again = "run its command, or that of its study, again"
     file = path / "report.json"
@@ -224,7 +264,7 @@ def read_run(path: Path) -> Finished:
         require(folder.is_dir(), f"{folder} is gone, so what {path} was evaluated on is unknown; {again}")
         made = next(iter(rollout.shards(folder, "trajectories").values()))["recipe"]
         tests[name] = {"data": made["inputs"]["data"], "options": made["options"] | {"seed": None}}
-    return Finished(path, made_from.pop("--seed"), made_from, tests, report)
+    return Finished(path, path.name, made_from.pop("--seed"), made_from, tests, report, standard_errors(path, report))
 
 
 def read_arms(paths: list[Path]) -> dict[str, Arm]:
@@ -236,7 +276,7 @@ def read_arms(paths: list[Path]) -> dict[str, Arm]:
     """
     by_name: dict[str, list[Finished]] = {}
     for run in map(read_run, paths):
-        by_name.setdefault(re.sub(rf"-{run.seed}$", "", run.path.name), []).append(run)
+        by_name.setdefault(re.sub(rf"-{run.seed}$", "", run.name), []).append(run)
     first = next(iter(by_name.values()))[0]
     arms = {}
     for name, runs in by_name.items():
@@ -260,7 +300,7 @@ def read_arms(paths: list[Path]) -> dict[str, Arm]:
         arms[name] = Arm(
             seeds,
             *(np.array([accuracy(report, targeted) for report in reports]) for targeted in (True, False)),
-            np.array([standard_errors(run.path, run.report) for run in runs]),
+            np.array([run.errors for run in runs]),
             {axis: np.array([cost(report["evaluations"], axis) for report in reports]) for axis in COSTS},
         )
     return dict(sorted(arms.items(), key=lambda item: -item[1].targeted[:, -1].mean()))
@@ -297,14 +337,23 @@ def standard_errors(path: Path, report: dict) -> list[float]:
 # What a person looks at
 
 
-def table(arms: dict[str, Arm], base: str) -> list[dict]:
+def difference(arm: Arm, other: Arm) -> list[float]:
+    """Final targeted accuracy less that of another arm, over the seeds that both have: mean, half its interval; [] if
+    there are none."""
+    seeds = [seed for seed in arm.seeds if seed in other.seeds and arm is not other]
+    pairs = [arm.targeted[arm.seeds.index(s), -1] - other.targeted[other.seeds.index(s), -1] for s in seeds]
+    return [float(value) for value in mean_interval(np.array(pairs))] if seeds else []
+
+
+def table(arms: dict[str, Arm], base: str, against: Sequence[str] = ()) -> list[dict]:
     rows = []
     for name, arm in arms.items():
         best = np.array([smoothed(curve)[-1] for curve in arm.targeted])
         measured = {"final": arm.targeted[:, -1], "best": best, "untargeted": arm.untargeted[:, -1]}
         measured |= {axis: values[:, -1, 1] for axis, values in arm.costs.items()}
         row = {"arm": name, "seeds": len(arm.seeds)} | {key: mean_interval(values) for key, values in measured.items()}
-        rows.append(row | {"acceleration": with_interval(arms[base], arm) if base in arms else {}})
+        row["acceleration"] = with_interval(arms[base], arm) if base in arms else {}
+        rows.append(row | {"against": {other: difference(arm, arms[other]) for other in against}})
     return without_nan(rows)
 
 
@@ -328,10 +377,12 @@ def as_markdown(rows: list[dict], base: str) -> str:
         return " ± ".join(f"{value:,.{digits}f}" for value in values if value is not None)
 
     head = ["arm", "seeds", "final accuracy", "best, smoothed", "untargeted, final"]
+    head += [f"final, less {other}" for other in rows[0]["against"]]
     head += [f"acceleration over {base} in steps", "in trajectories", "in seconds"]
     lines = [[*head, "steps", "trajectories", "seconds"], ["---"] * (len(head) + 3)]
     for row in rows:
         measured = [mean(row[key]) for key in ("final", "best", "untargeted")]
+        measured += [mean([*values, None]) for values in row["against"].values()]
         faster = [times(row["acceleration"].get(axis, [])) for axis in COSTS]
         spent = [mean(row["steps"][:1], 0), mean(row["trajectories"], 0), mean(row["seconds"], 1)]
         lines.append([row["arm"], str(row["seeds"]), *measured, *faster, *spent])
@@ -416,15 +467,16 @@ def compare(
         str | None,
         typer.Option(help="Arm whose best is to be reached.  [default: full; of two arms without it, the last]"),
     ] = None,
+    against: Annotated[list[str], typer.Option(help="Arm to take differences with, paired by seed; repeat.")] = [],
     stages: Annotated[int | None, typer.Option(min=1, help="Only the first so many of each run.")] = None,
     out: Annotated[Path | None, typer.Option(help="Name without ending.  [default: RUN/comparison]")] = None,
     markdown: Annotated[Path | None, typer.Option(help="The table's file.  [default: OUT.md]")] = None,
 ) -> list[dict]:
     found = find_runs(runs)
     arms = {name: arm.first(stages) for name, arm in read_arms(found).items()}
-    known = base is None or base in arms
-    require(known, f"--base {base}: no such arm; there is {', '.join(arms)}")
-    names = [max((name for name in arms if run.name.startswith(name)), key=len) for run in found]
+    for option, name in (("base", base), *(("against", name) for name in against)):
+        require(name is None or name in arms, f"--{option} {name}: no such arm; there is {', '.join(arms)}")
+    names = [max((name for name in arms if run.name.startswith(name)), key=len, default="") for run in found]
     base = base or (names[-1] if len(arms) == 2 and "full" not in arms else "full")
     if out is None:
         out = Path(runs[0] if len(runs) == 1 else os.path.commonpath([run.absolute() for run in runs])) / "comparison"
@@ -433,7 +485,7 @@ def compare(
         require(not file.is_dir(), f"{file} is a folder; choose another --out")
         rollout.check_out(file.parent)
     before, after = place_for(files[2], out.name)
-    rows = table(arms, base)
+    rows = table(arms, base, against)
     text = as_markdown(rows, base)
     print(text)
     if base not in arms:
@@ -454,7 +506,7 @@ def compare(
         draw(arms, base).savefig(temporary, dpi=110, format="png")
     with rollout.new_file(files[2]) as temporary:
         temporary.write_text(before + text + after)
-    if len(arms) == 2:
+    if len(arms) == 2 and all(run.is_dir() for run in found):
         counts = chosen_by(found, names)
         files.append(out.with_name(f"{out.name}-chosen.csv"))
         with rollout.new_file(files[-1]) as temporary:

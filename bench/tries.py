@@ -3,7 +3,7 @@
     python bench/tries.py                 # about 25 minutes on two cores; the same command resumes
     python bench/compare.py runs/tries
 
-Most are options of cropi.py (ARMS). Four change what is scored (VARIANTS). They have a loop of their own, `curriculum`,
+Most are options of cropi.py (ARMS). Five change what is scored (VARIANTS). They have a loop of their own, `curriculum`,
 which calls the same stage functions as cropi.py's and differs from it in one line: before every stage, the variant says
 which trajectories the stage is scored with. That is also how to try an idea of your own. A variant that makes
 trajectories writes them as rollout.py does, with a recipe of their own, so that they are resumed by the same rule.
@@ -51,7 +51,7 @@ def join(groups: list[Group], empty: Trajectories) -> Trajectories:
 
 def save_shard(path: Path, made: Trajectories, recipe: dict, clock: float) -> None:
     """They were sampled before, and paid for then: only the seconds since `clock` are new."""
-    about = {"trajectories": 0, "tokens": 0, "rewards": 0.0, "truncated": 0.0, "live": len(made.live())}
+    about = {"trajectories": 0, "sampled": 0, "tokens": 0, "rewards": 0.0, "truncated": 0.0, "live": len(made.live())}
     rollout.save(path, made.tensors(), recipe, rollout.facts(time.perf_counter() - clock, **about))
 
 
@@ -136,11 +136,41 @@ def own_trajectories(run: cropi.Run, s: int, policy: Path, seed: int) -> dict[st
     return stored | {"train": out}
 
 
+def due(seed: int, prompt: int, stage: int) -> bool:
+    """Is a prompt that has had nothing but failures tried again before this stage? After m tries in vain, of which the
+    stored group is the first, with probability 1/m."""
+    vain, tried = 1, False
+    for s in range(2, stage + 1):
+        tried = np.random.default_rng([seed, prompt, s]).random() < 1 / vain
+        vain += tried
+    return bool(tried)
+
+
+def retry_thinned(run: cropi.Run, s: int, policy: Path, seed: int) -> dict[str, Path]:
+    """`--retry-failed 4`, but the more often a prompt was tried in vain, the less often it is tried again."""
+    folders, failures, code = stored_folders(run), Trajectories.failures, rollout.CODE
+    for before in range(2, s + 1):
+        source, folders["train"] = folders["train"], run.stage(before) / "rollouts" / "train"
+        if before == s:
+
+            def thinned_failures(t: Trajectories) -> np.ndarray:
+                return np.array([n for n in failures(t) if due(run.seed, int(t.prompt_index[n]), s)], int)
+
+            Trajectories.failures, rollout.CODE = thinned_failures, code | CODE
+            try:
+                how = run.settings["rollout"] | {"samples": 4}
+                cropi.call("rollout", model=policy, data=run.pool, retry=source, out=folders["train"], seed=seed, **how)
+            finally:
+                Trajectories.failures, rollout.CODE = failures, code
+    return folders
+
+
 VARIANTS = {  # name of the arm -> which trajectories, number of stages
     "screened": (screened, 4),
     "random-half": (random_half, 4),
     "fresh-validation": (fresh_validation, 8),
     "own-trajectories": (own_trajectories, 8),
+    "retry-thinned": (retry_thinned, 8),
 }
 
 
@@ -234,6 +264,8 @@ def follow(
         frac=0.1,
         static=False,
         refresh_every=0,
+        retry_failed=0,
+        retry_every=1,
         seed=seed,
         keep_states=1,
         settings=settings,

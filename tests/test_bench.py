@@ -344,6 +344,11 @@ def test_every_try_scores_what_it_says(small_world, name):
         assert offline[1:] == [None, 12 * 4]
         recipe = rollout.peek(valid[1] / "00000.safetensors")["recipe"]
         assert recipe["inputs"]["model"] == rollout.peek(stages[0] / "model")["identity"]
+    elif name == "retry-thinned":
+        failed = np.count_nonzero(load_all(whole).rewards.max(1) == 0)
+        assert offline[1:] == [None, 4 * failed] and failed > 0  # the first time all
+        tried = np.array([[tries.due(0, i, stage) for i in range(2000)] for stage in (2, 3, 4)])
+        assert tried.mean(1) == pytest.approx([1, 1 / 2, 1 / 4 + 1 / 6], abs=0.03)
     else:
         assert offline[1:] == [None, 0]
         tables = [load_all(folder) for folder in (whole, scored[1], stages[0] / "trained")]

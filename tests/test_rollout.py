@@ -203,24 +203,52 @@ def test_a_folder_appears_whole_and_survives_a_rename_that_fails(tmp_path, monke
     assert list(tmp_path.iterdir()) == [target]
 
 
-def test_toy_data_is_apart_and_is_what_make_writes(tmp_path, monkeypatch):
+def data_that_make_writes(world, folder, monkeypatch):
+    """Name -> prompts, once they have been found to be those of the repository, all of them different."""
     import importlib.util
 
-    spec = importlib.util.spec_from_file_location("toy_make", TOY / "make.py")
+    spec = importlib.util.spec_from_file_location("world_make", world / "make.py")
     make = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(make)
-    monkeypatch.setattr(make, "HERE", tmp_path)
+    monkeypatch.setattr(make, "HERE", folder)
     make.write_data()
-    files = sorted(tmp_path.glob("*.jsonl"))
-    assert len(files) == 6
+    files = sorted(folder.glob("*.jsonl"))
+    assert [file.name for file in files] == sorted(file.name for file in world.glob("*.jsonl"))
     for file in files:
-        assert file.read_bytes() == (TOY / file.name).read_bytes()
+        assert file.read_bytes() == (world / file.name).read_bytes()
     prompts = {file.stem: [row["prompt"] for row in load_prompts(file)] for file in files}
     everything = [prompt for some in prompts.values() for prompt in some]
     assert len(everything) == len(set(everything))
-    assert len(prompts["train"]) == 2400
-    assert len(prompts["valid-rev"]) == len(prompts["valid-srt"]) == 128
-    assert len(prompts["test-rev"]) == len(prompts["test-srt"]) == 400
+    return {name: len(some) for name, some in prompts.items()}
+
+
+def test_toy_data_is_apart_and_is_what_make_writes(tmp_path, monkeypatch):
+    counts = data_that_make_writes(TOY, tmp_path, monkeypatch)
+    assert counts["train"] == 2400 and len(counts) == 7
+    assert counts["valid-rev"] == counts["valid-srt"] == counts["valid-mixed"] == 128
+    assert counts["test-rev"] == counts["test-srt"] == 400
+
+
+def test_programs_of_the_second_world_by_hand(tmp_path, monkeypatch):
+    counts = data_that_make_writes(TOY / "curriculum", tmp_path, monkeypatch)
+    assert counts["valid-irn"] == counts["valid-sl"] == counts["valid-w"] == 96
+    first = {row["family"]: row for row in reversed(load_prompts(TOY / "curriculum/train.jsonl"))}
+    for family in ("irn", "sl", "w", "r-letters"):
+        steps = first[family]["prompt"].partition(":")[2][:-1]
+        answer = []
+        for letter in family if family != "r-letters" else "c":
+            if letter == "i":
+                steps = "".join(str((int(digit) + 1) % 10) for digit in steps)
+            elif letter == "n":
+                steps = "".join(str(9 - int(digit)) for digit in steps)
+            elif letter == "s":
+                steps = "".join(sorted(steps))
+            elif letter in "rlw":
+                steps = {"r": steps[::-1], "l": steps[1:] + steps[:1], "w": steps[-1] + steps[1:-1] + steps[:1]}[letter]
+            answer.append(steps)
+        assert first[family]["answer"] == "=".join(answer)
+    size = sum(path.stat().st_size for path in (TOY / "curriculum").rglob("*") if path.is_file())
+    assert size < 4e6
 
 
 def test_any_of_several_end_tokens_ends_a_completion(toy):

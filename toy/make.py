@@ -14,15 +14,17 @@ The model is warm-started on demonstrations of which only 25% follow the right r
 wrong rules (sorting the wrong way, rotating to the wrong side, copying), so the model *can* do most tasks but mostly
 does not: what reinforcement learning with verifiable rewards repairs.
 
-Writes toy/train.jsonl (2,400), toy/valid-{rev,srt}.jsonl (128 each), toy/test-{rev,srt}.jsonl (400 each),
-toy/test-untargeted.jsonl (320) and toy/model/. The data is byte-identical every time; the model's weights depend in
-their last digits on the machine's arithmetic. Prints each family's starting pass rate.
+Writes toy/train.jsonl (2,400), toy/valid-{rev,srt}.jsonl (128 each), toy/valid-mixed.jsonl (128, of the eight others),
+toy/test-{rev,srt}.jsonl (400 each), toy/test-untargeted.jsonl (320) and toy/model/. The data is byte-identical every
+time; the model's weights depend in their last digits on the machine's arithmetic. Prints each family's starting pass
+rate.
 """
 
 import argparse
 import json
 import random
 import string
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 HERE = Path(__file__).parent
@@ -97,16 +99,17 @@ def write_data() -> None:
     rng.shuffle(files["train"])
     for family in TARGETS:  # drawn last, so that larger test sets leave every other file as it is
         files[f"test-{family}"] += draw_unseen(rng, family, 200, seen)
+    files["valid-mixed"] = [row for f in UNTARGETED for row in draw_unseen(rng, f, 16, seen)]
     for name, rows in files.items():
         (HERE / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         print(f"toy/{name}.jsonl: {len(rows)} prompts")
 
 
-def make_tokenizer():
+def make_tokenizer(marks: str = ""):
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    vocabulary = {c: i for i, c in enumerate([PAD, EOS, *DIGITS, *LETTERS, "(", ")", "="])}
+    vocabulary = {c: i for i, c in enumerate([PAD, EOS, *DIGITS, *LETTERS, "(", ")", "=", *marks])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
     tokenizer.decoder = decoders.Fuse()
@@ -122,14 +125,27 @@ def demonstration(rng: random.Random) -> tuple[str, str]:
     return f"{family}({argument})=", answer
 
 
-def warm_start(steps: int, batch: int = 256, folder: Path = HERE / "model", lr: float = 3e-3, **shape: int) -> None:
-    """Supervised learning on the demonstrations; the loss counts answer tokens (and the end token) only. `shape` are
-    options of Qwen2Config: `bench/projection.py` trains a wider model this way."""
+def warm_start(
+    steps: int,
+    batch: int = 256,
+    folder: Path = HERE / "model",
+    lr: float = 3e-3,
+    demonstrate: Callable[[random.Random], tuple[str, str]] = demonstration,
+    marks: str = "",
+    **shape: int,
+) -> None:
+    """Supervised learning on the demonstrations; the loss counts answer tokens (and the end token) only.
+
+    Args:
+        demonstrate: draws a prompt and an answer.
+        marks: more characters of the vocabulary.
+        shape: options of Qwen2Config: `bench/projection.py` trains a wider model this way.
+    """
     import torch
     from tqdm import trange
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
-    tokenizer = make_tokenizer()
+    tokenizer = make_tokenizer(marks)
     torch.manual_seed(0)
     sizes = {"hidden_size": 96, "intermediate_size": 288, "num_hidden_layers": 3, "num_attention_heads": 4}
     model = Qwen2ForCausalLM(
@@ -148,7 +164,7 @@ def warm_start(steps: int, batch: int = 256, folder: Path = HERE / "model", lr: 
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps)
     rng = random.Random(1)
     for _ in trange(steps, desc="warm start", disable=None):
-        pairs = [demonstration(rng) for _ in range(batch)]
+        pairs = [demonstrate(rng) for _ in range(batch)]
         ids = [[*tokenizer.encode(p + a), tokenizer.eos_token_id] for p, a in pairs]
         width = max(map(len, ids))
         tokens = torch.tensor([row + [0] * (width - len(row)) for row in ids])
@@ -166,8 +182,8 @@ def warm_start(steps: int, batch: int = 256, folder: Path = HERE / "model", lr: 
     tokenizer.save_pretrained(folder)
 
 
-def print_pass_rates() -> None:
-    """Of the training pool, 8 samples a prompt at temperature 1, by family."""
+def print_pass_rates(world: Path = HERE, families: Iterable[str] = FAMILIES, max_tokens: int = 8) -> None:
+    """Of a world's training pool, 8 samples a prompt at temperature 1, by family."""
     import sys
     import tempfile
 
@@ -176,14 +192,15 @@ def print_pass_rates() -> None:
     sys.path.insert(0, str(HERE.parent))
     import rollout
 
-    rows = rollout.load_prompts(HERE / "train.jsonl")
+    data = str(world / "train.jsonl")
+    rows = rollout.load_prompts(data)
     with tempfile.TemporaryDirectory() as folder:
-        rollout.rollout(out=Path(folder) / "train", model=HERE / "model", data=str(HERE / "train.jsonl"))
+        rollout.rollout(out=Path(folder) / "train", model=world / "model", data=data, max_tokens=max_tokens)
         shards = [rollout.load_trajectories(path)[0] for path in rollout.shards(Path(folder) / "train", "trajectories")]
     rewards = np.concatenate([shard.rewards for shard in shards])  # (N, K), prompt by prompt: none is dropped
-    for family in FAMILIES:
+    for family in families:
         some = rewards[[row["family"] == family for row in rows]]
-        print(f"{family}  pass rate {some.mean():.3f}  live {(np.ptp(some, axis=1) > 0).mean():.0%}")
+        print(f"{family:10} pass rate {some.mean():.3f}  live {(np.ptp(some, axis=1) > 0).mean():.0%}")
 
 
 if __name__ == "__main__":
