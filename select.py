@@ -376,6 +376,7 @@ def resemblance(chosen: Array, known: dict) -> dict[str, float]:
 
 MEANINGS = {
     "live_prompts": "whose rewards differ",
+    "samplers": "policies that sampled the stored groups: more than one where failures were retried",
     "token_kl": "KL(β‖π) per token; on the right, of the worst validation set",
     "mean_change": "of a token's log-prob",
     "largest_change": "the largest of these",
@@ -400,12 +401,15 @@ def table(diagnostics: dict[str, float]) -> str:
 
 
 def warnings(diagnostics: dict[str, float]) -> list[str]:
-    """In plain words, where the ranking is not to be trusted."""
-    stale = "the policy has moved away from the stored trajectories; sample them anew (cropi.py run --refresh-every)"
+    """In plain words, where the ranking is not to be trusted. What old trajectories lack most are the prompts that the
+    policy has come to solve (bench/why.py): where failures were retried, their age alone is no reason to warn."""
+    retried = diagnostics.get("samplers", 1) > 1
+    ways = "sample failures anew (cropi.py run --retry-failed 4), or all (--refresh-every 1)"
+    stale = f"the policy has moved away from the stored trajectories; {ways}"
     noisy = "the ranking is mostly noise; sample more completions per prompt, or take more validation prompts"
     limits = {
-        "ess_trajectory": (STALE, stale),
-        "valid_ess_trajectory": (VALID_STALE, stale),
+        "ess_trajectory": (0.0 if retried else STALE, stale),
+        "valid_ess_trajectory": (0.0 if retried else VALID_STALE, stale),
         "split_half": (NOISY, noisy),
     }
     below = {name: (limit, text) for name, (limit, text) in limits.items() if diagnostics.get(name, 1.0) < limit}
@@ -524,6 +528,8 @@ def choose(o: SimpleNamespace, recipe: dict, known: dict) -> None:
         valid = {name: folder for name, folder in valid.items() if name not in silent}
         columns, diagnostics = of_gradients(o.gradients, valid, count)
         known |= columns
+        sampled = identities(o.trajectories, "trajectories")[1]["inputs"]
+        diagnostics["samplers"] = len({sampled["model"], *(sampled["retry"] or ())})
         for name, why in silent.items():
             rollout.say(f"validation set {name} does not score in this stage; {why}")
     mute = silent and not valid

@@ -71,6 +71,23 @@ WORLDS = {  # name -> options of cropi.py run
     + "".join(f" --valid {CURRICULUM}/valid-{name}.jsonl" for name in ("irn", "sl", "w"))
     + "".join(f" --test {CURRICULUM}/test-{name}.jsonl" for name in ("irn", "sl", "w", "untargeted")),
 }
+STUDY = {  # does ranking again pay? docs/results.md
+    "full": "--selector full",
+    "random": "--selector random",
+    "static": "--static",
+    "influence": "",
+    "refresh": "--refresh-every 1",
+    "retry": "--retry-failed 4",
+    "retry-2": "--retry-failed 4 --retry-every 2",
+    "retry-refresh-4": "--retry-failed 4 --refresh-every 4",
+}
+MIXED = "--retry-failed 4" + " --valid {0}/valid-mixed.jsonl"  # targets and a sample of everything
+STUDIES = {
+    "toy": STUDY
+    | {"retry-mixed": f"{MIXED} --valid {{0}}/valid-rev.jsonl --valid {{0}}/valid-srt.jsonl".format(rollout.TOY)},
+    "curriculum": STUDY
+    | {"oracle": f"--selector {CURRICULUM}/oracle.py:parts_first", "retry-mixed": MIXED.format(CURRICULUM)},
+}
 QUICK = ("influence", "full", "random")
 app = typer.Typer(**rollout.PLAIN)
 
@@ -123,6 +140,9 @@ def ablate(
     ] = None,
     first_seed: Annotated[int, typer.Option(min=0, help="The first of the seeds.")] = 0,
     world: Annotated[str, typer.Option(help="toy, or curriculum: the bundled worlds.")] = "toy",
+    study: Annotated[
+        bool, typer.Option("--study", help="The arms of docs/results.md, seeds 3, 4, ..., reports in docs/study.")
+    ] = False,
     reports: Annotated[
         Path | None, typer.Option(help="Folder for a report of each run, which replaces the run.")
     ] = None,
@@ -130,10 +150,13 @@ def ablate(
     out: Annotated[Path | None, typer.Option(help="Folder of the study.  [default: runs/study]")] = None,
 ) -> None:
     seeds, stages = seeds or (3 if quick else 5), stages or (4 if quick else 8)
-    out = out or Path("runs") / ("quick" if quick else "study")
+    out = out or Path("runs") / ("quick" if quick else f"study-{world}" if study else "study")
     require(world in WORLDS, f"--world {world}: no such world; there is {', '.join(WORLDS)}")
     common = shlex.split(WORLDS[world]) + (["--set", "train.steps=20"] if quick else []) + (common or [])
-    arms = read_arms(arm or [f"{name}={options}" for name, options in ARMS.items() if name in QUICK or not quick])
+    if study:
+        first_seed, reports = first_seed or 3, reports or ROOT / "docs/study"
+    ours = STUDIES[world] if study else {n: options for n, options in ARMS.items() if n in QUICK or not quick}
+    arms = read_arms(arm or [f"{name}={options}" for name, options in ours.items()])
     given = {word.partition("=")[0] for options in (common, *arms.values()) for word in options}
     require(not given & {"--seed", "--out"}, "--seed and --out of each run are set here; there are --seeds and --out")
     file = out / "study.json"
@@ -166,19 +189,19 @@ def ablate(
             names = list(arms)[seed % len(arms) :] + list(arms)[: seed % len(arms)]  # and none is always the first
             for name, options in ((name, arms[name]) for name in names):
                 bar.set_description(f"{name}, seed {seed}")
+                words = ["--stages", str(stages), *common, *options]  # of --stages given twice, the last holds
                 report = reports and reports / f"{world}-{name}-{seed}.json"
                 if report and report.exists():
-                    compare.read_kept(report, [*common, *options])
+                    compare.read_kept(report, words)
                     bar.update(1)
                     continue
-                words = ["--stages", str(stages), *common, *options]  # of --stages given twice, the last holds
-                words += ["--seed", str(seed), "--out", str(out / f"{name}-{seed}")]
+                extent = ["--seed", str(seed), "--out", str(out / f"{name}-{seed}")]
                 with open(out / f"{name}-{seed}.log", "a") as file:
                     log = Log(file, bar)
                     with redirect_stdout(log), redirect_stderr(log):
-                        command.invoke(command.make_context("cropi.py", words))
+                        command.invoke(command.make_context("cropi.py", [*words, *extent]))
                 if report:
-                    compare.keep(report, out / f"{name}-{seed}", f"{name}-{seed}", [*common, *options])
+                    compare.keep(report, out / f"{name}-{seed}", f"{name}-{seed}", words)
                 tqdm.write(f"{out / f'{name}-{seed}'}: done")
     print(f"{out}: {len(arms)} arms, {seeds} seeds each; next: python bench/compare.py {out}")
 

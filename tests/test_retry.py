@@ -236,3 +236,14 @@ def test_pieces_hold_only_trajectories_that_are_there(folders):
     for limit in (1, 30, 4096):
         seen = [(n, int(k)) for batch in train.micro_batches(t, t.live(), limit, halved) for n, ks in batch for k in ks]
         assert sorted(seen) == [(n, k) for n in t.live().tolist() for k in range(t.sizes[n])]
+
+
+def test_a_retried_pool_is_not_called_stale(small_world, capsys, monkeypatch):
+    """What old trajectories lack is what they never solved; where that was retried, age alone is no reason."""
+    for limit in ("STALE", "VALID_STALE"):
+        monkeypatch.setattr(cropi.select, limit, 1.1)
+    report = run_small(small_world, "a", stages=3, retry_failed=M)
+    first, *later = capsys.readouterr().out.split("stage 1 of 3")
+    assert "moved away from the stored trajectories; sample failures anew" in first
+    assert len(later) == 1 and "moved away" not in later[0]
+    assert [entry["diagnostics"]["samplers"] for entry in report["evaluations"][1:]] == [1, 2, 3]
