@@ -86,7 +86,7 @@ STUDIES = {
     "toy": STUDY
     | {"retry-mixed": f"{MIXED} --valid {{0}}/valid-rev.jsonl --valid {{0}}/valid-srt.jsonl".format(rollout.TOY)},
     "curriculum": STUDY
-    | {"oracle": f"--selector {CURRICULUM}/oracle.py:parts_first", "retry-mixed": MIXED.format(CURRICULUM)},
+    | {"oracle": f"--selector {CURRICULUM}/oracle.py:best_order", "retry-mixed": MIXED.format(CURRICULUM)},
 }
 QUICK = ("influence", "full", "random")
 app = typer.Typer(**rollout.PLAIN)
