@@ -247,6 +247,7 @@ def follow(
     out: Path,
     seed: int,
     stages: int,
+    model: Path = rollout.TOY / "model",
     pool: str = cropi.TOY_POOL,
     valid: list[str] = cropi.TOY_VALID,
     test: list[str] = cropi.TOY_TEST,
@@ -257,7 +258,7 @@ def follow(
     sets = {"valid": cropi.set_names(valid, "valid-"), "test": cropi.set_names(test, "test-")}
     run = cropi.Run(
         out=out,
-        model=rollout.TOY / "model",
+        model=model,
         pool=pool,
         **sets,
         selector="influence",

@@ -216,6 +216,42 @@ def test_a_killed_study_goes_on_and_nothing_else_is_mixed_in(small_world):
     assert contents(out) == everything
 
 
+def test_a_report_that_was_kept_stands_for_its_run(small_world, capsys):
+    out, kept = small_world / "study", small_world / "kept"
+    command = study(small_world)
+    common = command[command.index("--") + 1 :]
+    arms, how = ["influence=", "full=--selector full"], {"seeds": 2, "first_seed": 1, "stages": 1, "reports": kept}
+    ablate.ablate(common, arms, out=out, **how)
+    names = [f"toy-{arm}-{seed}" for arm in ("full", "influence") for seed in (1, 2)]
+    files = sorted(kept.iterdir())
+    assert [file.stem for file in files] == names and all(file.stat().st_size < 10_000 for file in files)
+    runs = [out / name.removeprefix("toy-") for name in names]
+    by_folder, by_file = (compare.compare(paths, against=["full"]) for paths in (runs, files))
+    assert capsys.readouterr().out.count("| final, less full |") == 2
+
+    def leaves(value):
+        values = list(value.values()) if isinstance(value, dict) else value
+        return [x for one in values for x in leaves(one)] if isinstance(value, dict | list) else [float(value or 0)]
+
+    assert [row.pop("arm") for row in by_file] == [row.pop("arm") for row in by_folder]
+    assert leaves(by_file) == pytest.approx(leaves(by_folder), rel=1e-4)
+    before = contents(kept)
+    shutil.rmtree(out)
+    ablate.ablate(common, arms, out=out, **how)
+    assert contents(kept) == before and not list(out.glob("*-*"))
+    with pytest.raises(BadInput, match=r"toy-full-1\.json was made with '.*--selector full'"):
+        ablate.ablate(common, ["full=--selector random"], out=small_world / "other", **how)
+
+
+def test_differences_are_paired_by_seed():
+    one, other = arm([[0.2, 0.5], [0.2, 0.7], [0.2, 0.9]]), arm([[0.2, 0.4], [0.2, 0.5], [0.2, 0.1]])
+    one.seeds, other.seeds = [3, 4, 5], [5, 3, 6]  # 0.5 - 0.5 and 0.9 - 0.4
+    mean, half = compare.difference(one, other)
+    low, high = scipy.stats.ttest_rel([0.5, 0.9], [0.5, 0.4]).confidence_interval(0.95)
+    assert (mean - half, mean + half) == pytest.approx((low, high))
+    assert compare.difference(one, one) == []
+
+
 def test_runs_that_differ_are_not_compared(small_world):
     """A run of another making in an arm's place, and arms whose accuracies are not of the same thing."""
     out = small_world / "study"
