@@ -376,7 +376,7 @@ def resemblance(chosen: Array, known: dict) -> dict[str, float]:
 
 MEANINGS = {
     "live_prompts": "whose rewards differ",
-    "samplers": "policies that sampled the stored groups: more than one where failures were retried",
+    "samplers": "policies that sampled the groups, more than one where failures were retried",
     "token_kl": "KL(β‖π) per token; on the right, of the worst validation set",
     "mean_change": "of a token's log-prob",
     "largest_change": "the largest of these",

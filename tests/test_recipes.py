@@ -266,7 +266,14 @@ SAMPLING = {
 }
 READING = {"limit": 50, "prompt_column": "family", "answer_column": "family", "skip_bad_rows": True}
 RECIPE = {
-    "rollout": {"model": "trained", "data": "valid-srt.jsonl", "samples": 3, **READING, **SAMPLING},
+    "rollout": {
+        "model": "trained",
+        "data": "valid-srt.jsonl",
+        "samples": 3,
+        **READING,
+        **SAMPLING,
+        "retry": "others/t",
+    },
     "project": {
         **{"trajectories": "others/t", "model": "trained", "ratio": "none", "cap": 2.0, "k": 32, "sparse_ratio": 0.5},
         **{"halves": 7, "dtype": "bfloat16", "seed": 1, "loss": "dr_grpo", "mask_truncated": True},
@@ -286,7 +293,7 @@ RECIPE = {
     "run": {
         **{"model": "trained", "pool": "valid-srt.jsonl", "valid": ["valid-srt.jsonl"], "limit": 50, "frac": 0.2},
         **{"selector": "pass-rate", "static": True, "refresh_every": 1, "seed": 1, "engine": "vllm"},
-        "assignments": ["train.lr=1e-4"],
+        **{"assignments": ["train.lr=1e-4"], "retry_failed": 2, "retry_every": 2},
     },
 }
 FREE = {
