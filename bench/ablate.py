@@ -138,10 +138,12 @@ def ablate(
     stages: Annotated[
         int | None, typer.Option(min=1, help="Of a run whose arm does not say.  [default: 8; 4 with --quick]")
     ] = None,
-    first_seed: Annotated[int, typer.Option(min=0, help="The first of the seeds.")] = 0,
+    first_seed: Annotated[
+        int | None, typer.Option(min=0, help="The first of the seeds.  [default: 0; 4 with --study]")
+    ] = None,
     world: Annotated[str, typer.Option(help="toy, or curriculum: the bundled worlds.")] = "toy",
     study: Annotated[
-        bool, typer.Option("--study", help="The arms of docs/results.md, seeds 3, 4, ..., reports in docs/study.")
+        bool, typer.Option("--study", help="The arms of docs/results.md, seeds 4, 5, ..., reports in docs/study.")
     ] = False,
     reports: Annotated[
         Path | None, typer.Option(help="Folder for a report of each run, which replaces the run.")
@@ -154,7 +156,7 @@ def ablate(
     require(world in WORLDS, f"--world {world}: no such world; there is {', '.join(WORLDS)}")
     common = shlex.split(WORLDS[world]) + (["--set", "train.steps=20"] if quick else []) + (common or [])
     if study:
-        first_seed, reports = first_seed or 3, reports or ROOT / "docs/study"
+        first_seed, reports = 4 if first_seed is None else first_seed, reports or ROOT / "docs/study"
     ours = STUDIES[world] if study else {n: options for n, options in ARMS.items() if n in QUICK or not quick}
     arms = read_arms(arm or [f"{name}={options}" for name, options in ours.items()])
     given = {word.partition("=")[0] for options in (common, *arms.values()) for word in options}
@@ -183,9 +185,8 @@ def ablate(
     rollout.load_model(rollout.TOY / "model")  # transformers imports the model's code now, not on the first run's clock
     shown = "{desc}: {percentage:3.0f}%|{bar}| {n:.1f} of {total} runs [{elapsed}<{remaining}]"
     with tqdm(total=len(arms) * seeds, bar_format=shown, disable=None) as bar:
-        for seed in range(
-            first_seed, first_seed + seeds
-        ):  # all arms of a seed before the next, so that a slow hour of the machine hits all
+        # All arms of a seed before the next, so that a slow hour of the machine hits all.
+        for seed in range(first_seed or 0, (first_seed or 0) + seeds):
             names = list(arms)[seed % len(arms) :] + list(arms)[: seed % len(arms)]  # and none is always the first
             for name, options in ((name, arms[name]) for name in names):
                 bar.set_description(f"{name}, seed {seed}")

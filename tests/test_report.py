@@ -147,7 +147,7 @@ def test_two_runs_and_who_chose_what(runs, capsys, tmp_path):
 def test_the_commands_at_the_end_of_a_run(runs, monkeypatch, capsys):
     """They name the page, the other run, and the comparison."""
     monkeypatch.setattr(sys, "argv", ["cropi.py", "run", "--out", "a b", "--stages", "2", "--selector=influence"])
-    this = cropi.Run(*(runs[0], TOY / "model", "", {}, {}, "influence", 0.1, False, 0, 0, 1, {}))
+    this = cropi.Run(*(runs[0], TOY / "model", "", {}, {}, "influence", 0.1, False, 0, 0, 1, 0, 1, {}))
     page, other, comparison = map(shlex.split, cropi.what_next(this))
     assert page == ["python", "bench/report.py", str(runs[0])]
     assert other == ["python", "cropi.py", "run", "--stages", "2", "--selector", "random", "--out", f"{runs[0]}-random"]
