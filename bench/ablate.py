@@ -78,7 +78,6 @@ STUDY = {  # does ranking again pay? docs/results.md
     "influence": "",
     "refresh": "--refresh-every 1",
     "retry": "--retry-failed 4",
-    "retry-2": "--retry-failed 4 --retry-every 2",
     "retry-refresh-4": "--retry-failed 4 --refresh-every 4",
 }
 MIXED = "--retry-failed 4" + " --valid {0}/valid-mixed.jsonl"  # targets and a sample of everything
