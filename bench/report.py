@@ -133,9 +133,10 @@ def prompts_of(run: Path, s: int, rows: list[dict], tensors: dict, count: int) -
     for path in shards:  # one at a time
         t = rollout.load_trajectories(path)[0]
         for n in np.flatnonzero(np.isin(t.prompt_index, [*best, *worst])):
-            texts = [tokenizer.decode(t.tokens[t.span(n, k)], skip_special_tokens=True) for k in range(t.samples)]
-            said = zip(texts, t.right()[n].tolist(), t.truncated[n].tolist(), strict=True)
-            found[int(t.prompt_index[n])] = list(said)[:COMPLETIONS]
+            shown = range(min(COMPLETIONS, t.sizes[n]))
+            texts = [tokenizer.decode(t.tokens[t.span(n, k)], skip_special_tokens=True) for k in shown]
+            verdicts = [(bool(t.right()[n, k]), int(t.truncated[n, k])) for k in shown]
+            found[int(t.prompt_index[n])] = [(text, *verdict) for text, verdict in zip(texts, verdicts, strict=True)]
 
     def about(place: int) -> dict:
         i = int(order[place])

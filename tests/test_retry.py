@@ -16,6 +16,10 @@ import rollout
 import train
 from rollout import BadInput, Trajectories, peek
 
+sys.path.insert(0, str(ROOT / "bench"))
+
+import report
+
 K, M = 4, 2
 
 
@@ -236,6 +240,18 @@ def test_pieces_hold_only_trajectories_that_are_there(folders):
     for limit in (1, 30, 4096):
         seen = [(n, int(k)) for batch in train.micro_batches(t, t.live(), limit, halved) for n, ks in batch for k in ks]
         assert sorted(seen) == [(n, k) for n in t.live().tolist() for k in range(t.sizes[n])]
+
+
+def test_the_report_shows_the_completions_that_are_there(small_world):
+    run_small(small_world, "a", retry_failed=M)
+    run, rows = small_world / "a", rollout.load_prompts(small_world / "train.jsonl")
+    tensors, _ = rollout.load(run / "stage-02/selection.safetensors", "selection")
+    retried = groups(load_all_ragged(run / "stage-02/rollouts/train"))
+    shown = [one for some in report.prompts_of(run, 2, rows, tensors, 30).values() for one in some]
+    assert {len(retried[one["index"]]) for one in shown} == {M, 8}
+    for one in shown:
+        group = retried[one["index"]][: report.COMPLETIONS]
+        assert [(right, cut) for _, right, cut in one["completions"]] == [(r == 1, cut) for _, _, r, cut in group]
 
 
 def test_a_retried_pool_is_not_called_stale(small_world, capsys, monkeypatch):
