@@ -31,6 +31,7 @@ import peers
 import plan
 import scorers
 import tries
+import why
 
 import cropi
 import project
@@ -582,3 +583,27 @@ def test_the_bench_for_a_gpu_runs_without_one(tmp_path):
     assert found["lines"].keys() == {"sampling, transformers", "scoring", "training"}
     for line in found["lines"].values():
         assert line["tokens_per_second"] > 0 and 0 < line["share_of_peak"] < 1 and line["plan_bytes"] > 0
+
+
+def test_groups_are_mixed_by_prompt(small_world):
+    """bench/why.py: what its estimators are made of."""
+    assert doctest.testmod(why).attempted == 2 and doctest.testmod(why).failed == 0
+    for seed in (0, 1):
+        data, out = str(small_world / "train.jsonl"), small_world / f"{seed}"
+        rollout.rollout(out=out, data=data, seed=seed, samples=3, shard=25)
+    mixed = why.mix(small_world / "mixed", small_world / "0", small_world / "1", taken=[3, 40], dropped=[7])
+    tables = [why.pool_of(folder) for folder in (small_world / "0", small_world / "1", mixed)]
+    stored, fresh, made = (
+        {int(i): [t.tokens[t.span(n, k)].tolist() for k in range(3)] for n, i in enumerate(t.prompt_index)}
+        for t in tables
+    )
+    assert made == {i: fresh[i] if i in (3, 40) else stored[i] for i in range(60) if i != 7}
+    project.project(trajectories=mixed, out=small_world / "gradients", k=64)
+
+
+def test_worlds_are_read_as_the_command_line_reads_them():
+    first, second = why.World("toy"), why.World("curriculum")
+    assert list(first.sets) == ["train", "valid-rev", "valid-srt"] and len(first.rows) == 2400
+    assert list(second.sets) == ["train", "valid-irn", "valid-sl", "valid-w"] and len(second.rows) == 1980
+    assert second.settings["rollout"]["max_tokens"] == second.settings["train"]["max_tokens"] == 16
+    assert second.model != first.model
