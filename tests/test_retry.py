@@ -227,6 +227,7 @@ def test_shown_groups_end_with_their_last_completion(folders):
     assert "nan" not in shown.lower()
 
 
+@pytest.mark.dist
 def test_a_seed_and_a_number_of_processes_give_the_same_groups(folders):
     words = [f"--{name.replace('_', '-')}={value}" for name, value in again(folders).items() if name != "out"]
     done = processes(2, ROOT / "rollout.py", f"--out={folders / 'two'}", *words)
