@@ -3,6 +3,7 @@
     python rollout.py --data toy/train.jsonl --out runs/mine/rollouts/train
     python rollout.py --data toy/test-rev.jsonl --samples 4 --out runs/mine/test-rev   # evaluation: the mean reward
     python rollout.py show runs/mine/test-rev                                          # what the model said
+    python rollout.py --retry runs/mine/rollouts/train --model runs/mine/stage-01/model --out runs/mine/again
 
 Reads   a causal language model and a data set, each a local path or the name of one on the Hugging Face Hub.
 Writes  a folder of shards, 00000.safetensors, 00001.safetensors ..., each with the K trajectories of its N prompts:

@@ -80,12 +80,13 @@ STUDY = {  # does ranking again pay? docs/results.md
     "retry": "--retry-failed 4",
     "retry-refresh-4": "--retry-failed 4 --refresh-every 4",
 }
-MIXED = "--retry-failed 4" + " --valid {0}/valid-mixed.jsonl"  # targets and a sample of everything
+# `mixed`, a sample of the untargeted families, beside the targets (which are the toy's default only if no set is named)
+OF_TOY = "".join(f" --valid {rollout.TOY}/valid-{name}.jsonl" for name in ("mixed", "rev", "srt"))
 STUDIES = {
-    "toy": STUDY
-    | {"retry-mixed": f"{MIXED} --valid {{0}}/valid-rev.jsonl --valid {{0}}/valid-srt.jsonl".format(rollout.TOY)},
+    "toy": STUDY | {"retry-mixed": f"--retry-failed 4{OF_TOY}"},
     "curriculum": STUDY
-    | {"oracle": f"--selector {CURRICULUM}/oracle.py:best_order", "retry-mixed": MIXED.format(CURRICULUM)},
+    | {"oracle": f"--selector {CURRICULUM}/oracle.py:best_order"}
+    | {"retry-mixed": f"--retry-failed 4 --valid {CURRICULUM}/valid-mixed.jsonl"},
 }
 QUICK = ("influence", "full", "random")
 app = typer.Typer(**rollout.PLAIN)
@@ -145,7 +146,7 @@ def ablate(
         bool, typer.Option("--study", help="The arms of docs/results.md, seeds 4, 5, ..., reports in docs/study.")
     ] = False,
     reports: Annotated[
-        Path | None, typer.Option(help="Folder for a report of each run, which replaces the run.")
+        Path | None, typer.Option(help="Folder for a report of each run; a run with a report is not made.")
     ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="The small form, in runs/quick.")] = False,
     out: Annotated[Path | None, typer.Option(help="Folder of the study.  [default: runs/study]")] = None,
@@ -203,7 +204,8 @@ def ablate(
                 if report:
                     compare.keep(report, out / f"{name}-{seed}", f"{name}-{seed}", words)
                 tqdm.write(f"{out / f'{name}-{seed}'}: done")
-    print(f"{out}: {len(arms)} arms, {seeds} seeds each; next: python bench/compare.py {out}")
+    made = f"{reports}/{world}-*.json" if reports else out
+    print(f"{out}: {len(arms)} arms, {seeds} seeds each; next: python bench/compare.py {made}")
 
 
 if __name__ == "__main__":

@@ -476,7 +476,8 @@ def compare(
     arms = {name: arm.first(stages) for name, arm in read_arms(found).items()}
     for option, name in (("base", base), *(("against", name) for name in against)):
         require(name is None or name in arms, f"--{option} {name}: no such arm; there is {', '.join(arms)}")
-    names = [max((name for name in arms if run.name.startswith(name)), key=len, default="") for run in found]
+    stems = [run.name.removesuffix(".json") for run in found]  # of a report, WORLD-ARM-SEED
+    names = [max((name for name in arms if f"-{name}-" in f"-{stem}"), key=len) for stem in stems]
     base = base or (names[-1] if len(arms) == 2 and "full" not in arms else "full")
     if out is None:
         out = Path(runs[0] if len(runs) == 1 else os.path.commonpath([run.absolute() for run in runs])) / "comparison"

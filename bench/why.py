@@ -27,6 +27,7 @@ Prints both and writes docs/why.json, which holds a part for each world.
 """
 
 import json
+import shlex
 import shutil
 import sys
 from collections.abc import Iterable
@@ -56,7 +57,7 @@ class World:
 
     def __init__(self, name: str):
         command = typer.main.get_command(cropi.app).commands["run"]
-        options = command.make_context("run", ablate.shlex.split(ablate.WORLDS[name])).params
+        options = command.make_context("run", shlex.split(ablate.WORLDS[name])).params
         self.model, self.settings = options["model"], cropi.parse_settings(options["assignments"] or [])
         valid = cropi.set_names(options["valid"], "valid-")
         self.sets = {"train": options["pool"]} | {f"valid-{name}": source for name, source in valid.items()}
@@ -76,25 +77,26 @@ class World:
         for name, out in gradients.items():
             options = {"halves": 0, "seed": seed} | self.settings["project"]
             project.project(trajectories=stored[name], out=out, model=model, **options)
-        valid = {name: out for name, out in gradients.items() if name != "train" and not select.why_silent(out)}
-        known, _ = select.of_gradients(gradients["train"], valid, len(self.rows))
-        score = select.influence(known["cosine"], 0.1, "set")
-        top = select.top_count(0.1, len(score))
-        ranked = np.argsort(-score, kind="stable")[: min(top, np.count_nonzero(~np.isnan(score)))]
+        pool, valid = gradients["train"], [gradients[name] for name in self.sets if name != "train"]
+        inputs = {"data": self.sets["train"], "trajectories": stored["train"], "gradients": pool}
+        select.select(out=folder / "selection.safetensors", valid_gradients=valid, **inputs)
+        chosen, record = rollout.load(folder / "selection.safetensors", "selection")
+        valid = {name: gradients[f"valid-{name}"] for name in record["facts"]["valid"]}
+        known, _ = select.of_gradients(pool, valid, len(self.rows))
         for out in gradients.values():
             shutil.rmtree(out)  # there are dozens of them, and each holds a number of k for every live prompt
-        return ranked, np.nan_to_num(known["inner"])
+        return chosen["ranked"], np.nan_to_num(known["inner"])
 
 
 def mix(out: Path, stored: Path, fresh: Path, taken: Iterable[int], dropped: Iterable[int] = ()) -> Path:
     """The stored groups, but the fresh ones of the prompts `taken`, and none of those `dropped`."""
     for path in rollout.shards(stored, "trajectories"):
-        parts, record = [rollout.load_trajectories(folder / path.name)[0] for folder in (stored, fresh)], None
+        parts = [rollout.load_trajectories(folder / path.name)[0] for folder in (stored, fresh)]
         old, new = (np.isin(part.prompt_index, list(taken)) for part in parts)
         old |= np.isin(parts[0].prompt_index, list(dropped))
         made = rollout.join([parts[0].take(np.flatnonzero(~old)), parts[1].take(np.flatnonzero(new))])
-        record = rollout.peek(fresh / path.name)
-        recipe = record["recipe"] | {"code": record["recipe"]["code"] | CODE, "kind": "trajectories"}
+        recipe = rollout.peek(fresh / path.name)["recipe"]
+        recipe |= {"code": recipe["code"] | CODE}
         rollout.save(out / path.name, made.tensors(), recipe, rollout.facts(0.0, sampled=0, **made.counts()))
     return out
 
@@ -110,9 +112,11 @@ def truths_of(world: World, folder: Path, model: Path, fresh: int) -> list[tuple
         kept = np.load(file)
         return [(kept[f"ranked{number}"], kept[f"inner{number}"]) for number in (0, 1)]
     for number in (0, 1):
-        stored = world.sample(folder / "fresh", model, dict.fromkeys(world.sets, fresh), seed=10_000 + number)
-        truths.append(world.choose(folder / "fresh", model, stored, seed=1 + number))
-        shutil.rmtree(folder / "fresh")
+        place = folder / f"truth-{number}"
+        stored = world.sample(place, model, dict.fromkeys(world.sets, fresh), seed=10_000 + number)
+        truths.append(world.choose(place, model, stored, seed=1 + number))
+    for number in (0, 1):
+        shutil.rmtree(folder / f"truth-{number}")
     arrays = {f"ranked{n}": ranked for n, (ranked, _) in enumerate(truths)}
     arrays |= {f"inner{n}": inner for n, (_, inner) in enumerate(truths)}
     with rollout.new_file(file) as temporary, open(temporary, "wb") as handle:
@@ -143,7 +147,7 @@ def estimators(world: World, run: Path, stage: int, folder: Path, fresh: int) ->
     valid = [name for name in world.sets if name != "train"]
     eight = world.sample(folder, model, dict.fromkeys(world.sets, 8), seed=20_000)
     thirty = world.sample(folder, model, dict.fromkeys(valid, 32), seed=20_001)
-    retried, options = folder / "retried", world.settings["rollout"] | {"samples": 4}
+    retried, options = folder / "train-retried", world.settings["rollout"] | {"samples": 4}
     out = {"out": retried, "retry": stored["train"], "seed": 20_002}
     rollout.rollout(model=model, data=world.sets["train"], **out, **options)
     before, now = pool_of(stored["train"]), pool_of(eight["train"])
@@ -154,15 +158,13 @@ def estimators(world: World, run: Path, stage: int, folder: Path, fresh: int) ->
     ways = {
         "stored": stored,
         "fresh validation": stored | new_valid,
-        "fresh live": stored | {"train": mix(folder / "live", stored["train"], eight["train"], live)},
+        "fresh live": stored | {"train": mix(folder / "mixed-live", stored["train"], eight["train"], live)},
         "retried": stored | {"train": retried},
         "retried, fresh v.": stored | new_valid | {"train": retried},
         "all fresh": eight | thirty,
-        "unsolved": stored | {"train": mix(folder / "unsolved", stored["train"], eight["train"], (), settled)},
+        "unsolved": stored | {"train": mix(folder / "mixed-unsolved", stored["train"], eight["train"], (), settled)},
     }
-    found = {
-        name: measured(world.choose(folder / "choice", model, way, seed=3)[0], truths) for name, way in ways.items()
-    }
+    found = {name: measured(world.choose(folder / name, model, way, seed=3)[0], truths) for name, way in ways.items()}
     (first, _), (second, _) = truths
     found["truth"] = {"found": select.overlap(first, second), "gain": 1.0}
     return found

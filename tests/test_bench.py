@@ -607,3 +607,17 @@ def test_worlds_are_read_as_the_command_line_reads_them():
     assert list(second.sets) == ["train", "valid-irn", "valid-sl", "valid-w"] and len(second.rows) == 1980
     assert second.settings["rollout"]["max_tokens"] == second.settings["train"]["max_tokens"] == 16
     assert second.model != first.model
+
+
+def test_estimators_of_a_small_run(small_world):
+    world, run = why.World("toy"), small_world / "a"
+    world.sets = {name: str(small_world / f"{name}.jsonl") for name in world.sets}
+    world.rows = rollout.load_prompts(world.sets["train"])
+    world.settings["project"]["k"] = 64
+    valid = [world.sets[f"valid-{name}"] for name in ("rev", "srt")]
+    files = {"pool": world.sets["train"], "valid": valid, "test": [str(small_world / "test-rev.jsonl")]}
+    cropi.run(**files, stages=1, assignments=[*SETTINGS, "valid.samples=8"], out=run)
+    found = why.estimators(world, run, 1, small_world / "why", fresh=16)
+    assert len(found) == 8 and found["truth"]["gain"] == 1.0
+    assert all(0 <= values["found"] <= 1 and np.isfinite(values["gain"]) for values in found.values())
+    assert found == why.estimators(world, run, 1, small_world / "why", fresh=16)  # what was made is used
