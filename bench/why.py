@@ -179,16 +179,16 @@ def why(
     seed: Annotated[int, typer.Option(min=0, help="Of the runs.")] = 0,
     fresh: Annotated[int, typer.Option(min=2, help="Trajectories per prompt of a truth.")] = 32,
     stages: Annotated[list[int], typer.Option(help="Of the first table: policies after so many stages.")] = [2, 4],
-    runs: Annotated[Path, typer.Option(help="Folder of the runs ARM-SEED, which are made if they are missing.")] = Path(
-        "runs/why"
-    ),
+    runs: Annotated[
+        Path, typer.Option(help="Folder of the runs WORLD/ARM-SEED, which are made if they are missing.")
+    ] = Path("runs/why"),
     out: Annotated[Path, typer.Option(help="File to write.")] = ROOT / "docs/why.json",
 ) -> None:
     here, runs = World(world), runs / world
-    arms = {name: ablate.STUDY[name] for name in ARMS}
-    ablate.ablate(
-        [], [f"{name}={options}" for name, options in arms.items()], 1, first_seed=seed, world=world, out=runs
-    )
+    missing = [name for name in ARMS if not (runs / f"{name}-{seed}/report.json").exists()]
+    if missing:
+        arms = [f"{name}={ablate.STUDY[name]}" for name in missing]
+        ablate.ablate([], arms, 1, first_seed=seed, world=world, out=runs)
     work = runs / f"truth-{seed}"
     table: dict[str, dict] = {}
     for s in tqdm(stages, desc="estimators", unit="policy", disable=None):
