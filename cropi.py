@@ -1,24 +1,24 @@
-"""CROPI: the curriculum loop. Stage after stage, train on the prompts whose gradients point where validation points.
+"""CROPI: the curriculum loop. Each stage trains on the prompts whose gradients align best with those of validation.
 
     python cropi.py run --stages 8 --frac 0.1
     python cropi.py run --stages 8 --frac 0.1 --processes 2     # docs/cluster.md
 
 The algorithm (Data-Efficient RLVR via Off-Policy Influence Guidance, arXiv 2510.26491), in the numbers of the README:
 
-    sample K trajectories from β = π_θ0 for every training and validation prompt       rollout.py
-    for stage s = 1 .. S:
-        (with --refresh-every R: every R stages, sample them anew from π_θ;           rollout.py
-        with --retry-failed M: sample M from π_θ for training prompts that have only failures;
-        with --static: the next two lines only in the first stage)
-        ĝ, g̃   <- off-policy gradients at θ from β's trajectories, sketched       (2, 3)  project.py
-        score  <- cosine with each validation set, ranks fused; the top n = frac·|D|  (4, 5)  select.py
-        θ      <- GRPO from θ on the chosen prompts                                   (6)     train.py
+    sample K trajectories from β = π_θ0 for every training and validation prompt              rollout.py
+    for each stage:
+        --refresh-every: every so many stages, sample them anew from π_θ                      rollout.py
+        --retry-failed: sample more from π_θ for training prompts that have only failures     rollout.py
+        ĝ, g̃   <- off-policy gradients at θ from β's trajectories, sketched             (2, 3)  project.py
+        score  <- cosine with each validation set, ranks fused; choose the best frac·N  (4, 5)  select.py
+                  (both in the first stage only, with --static)
+        θ      <- GRPO from θ on the chosen prompts                                     (6)     train.py
 
 Each step is a script that also runs alone; this one calls their functions in one process (eight stages of separate
 processes would spend longer importing than learning on the toy) and prints the shell command that does the same.
 
 One run is one folder. Every file in it is whole and says what it was made from, so the same command again makes what is
-missing, and nothing else. Many processes share out rollouts, evaluation, scoring and the prompts of a training step.
+missing, and nothing else. Rollouts, evaluation, scoring and training steps can be split over many processes.
 
     runs/NAME/
       run.safetensors                      no tensors: the run's recipe, so that a changed option is refused at once
@@ -48,7 +48,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 import pandas
@@ -71,7 +71,7 @@ def _load_select():
 
 select = _load_select()
 SCRIPTS = {"rollout": rollout, "project": project, "select": select, "train": train}
-# Whose options `--set` reaches; rollout.py also as it is used on validation and on test sets.
+# The uses of scripts whose options `--set` reaches; rollout.py has two more, on validation and on test sets.
 USES = {"rollout": rollout, "valid": rollout, "test": rollout, "project": project, "select": select, "train": train}
 TOY_POOL = str(TOY / "train.jsonl")
 TOY_VALID = [str(TOY / f"valid-{name}.jsonl") for name in ("rev", "srt")]
@@ -116,7 +116,7 @@ class Run:
     settings: dict[str, dict]  # options of each script, beside those that are set below
 
     def sets(self, kind: int) -> dict[str, tuple[str, str]]:
-        """Name -> (use of rollout.py, data set): the sets of which the selector needs this kind of files."""
+        """Name -> (use of rollout.py, data set), for the sets of which the selector needs this kind of files."""
         needs = select.needs(self.selector)
         pool = {"train": ("rollout", self.pool)} if needs >= kind else {}
         valid = self.valid if needs == select.VALIDATION else {}
@@ -127,8 +127,9 @@ class Run:
 
 
 def curriculum(run: Run, stages: int) -> Iterator[int]:
-    """The algorithm. Yields 0 before the first stage and s after stage s. What is there already is not made again."""
-    policy, optimizer, selection = run.model, None, None  # θ_0
+    """The algorithm. Yields 0 before the first stage and s after stage s. Files that are there are not made again."""
+    policy, optimizer = run.model, None  # θ_0
+    selection: Path | None = None
     stored = sample(run, policy, run.out / "rollouts", run.seed)  # β = π_θ0
     evaluate(run, policy, run.out / "rollouts")
     yield 0
@@ -167,21 +168,21 @@ def curriculum(run: Run, stages: int) -> Iterator[int]:
 
 
 def sample(run: Run, policy: Path, folder: Path, seed: int) -> dict[str, Path]:
-    """K trajectories for each prompt of the sets that the selector looks at: name -> folder."""
+    """Sample K trajectories for each prompt of the sets that the selector needs: name -> folder."""
     for name, (use, source) in run.sets(select.TRAJECTORIES).items():
         call("rollout", model=policy, data=source, out=folder / name, seed=seed, **run.settings[use])
     return {name: folder / name for name in run.sets(select.TRAJECTORIES)}
 
 
 def evaluate(run: Run, policy: Path, folder: Path) -> None:
-    """Trajectories of the test sets, with the same random numbers every time: accuracy is their mean reward."""
+    """Sample the test sets, with the same random numbers every time. Accuracy is the mean reward."""
     for name, source in run.test.items():
         out = folder / f"test-{name}"
         call("rollout", model=policy, data=source, out=out, seed=run.seed, **run.settings["test"])
 
 
-def call(script: str, **options) -> None:
-    """Run a stage as a function; if there is something to do, print the command that does the same."""
+def call(script: str, **options: Any) -> None:
+    """Call a script's main function; if there is something to do, print the command that does the same."""
     out = options["out"] / "model" if script == "train" else options["out"]
     if not is_there(out):
         words = ["python", f"{script}.py"]
@@ -213,8 +214,9 @@ def report_stage(run: Run, s: int, steps: int) -> dict:
     stage = run.stage(s) if s else run.out / "rollouts"
     tests = {name: rollout.totals(stage / f"test-{name}") for name in run.test}
     accuracy = {name: sums["rewards"] / sums["trajectories"] for name, sums in tests.items()}
-    entry, k = {"stage": s, "steps": steps, "accuracy": accuracy}, run.settings["test"]["samples"]
-    entry["pass_at_k"] = {name: sums["solved"] * k / sums["trajectories"] for name, sums in tests.items()}
+    entry: dict[str, Any] = {"stage": s, "steps": steps, "accuracy": accuracy}
+    samples = run.settings["test"]["samples"]
+    entry["pass_at_k"] = {name: sums["solved"] * samples / sums["trajectories"] for name, sums in tests.items()}
     entry["seconds_evaluation"] = sum(sums["seconds"] for sums in tests.values())
     if (fresh := stage / "rollouts" if s else stage).is_dir():
         sums = rollout.totals(*(fresh / name for name in run.sets(select.TRAJECTORIES)))
@@ -222,7 +224,8 @@ def report_stage(run: Run, s: int, steps: int) -> dict:
     if not s:
         return entry
     trained, selection = rollout.peek(stage / "model")["facts"], stage / "selection.safetensors"
-    choice = rollout.peek(selection)["facts"] if selection.exists() else {"seconds": 0.0, "diagnostics": {}}
+    choice: dict[str, Any] = {"seconds": 0.0, "diagnostics": {}}
+    choice |= rollout.peek(selection)["facts"] if selection.exists() else {}
     scored = rollout.totals(*(stage / f"gradients-{name}" for name in run.sets(select.GRADIENTS)))
     return entry | {
         "steps": steps + len(trained["log"]),
@@ -242,7 +245,7 @@ def chosen_prompts(run: Run, s: int) -> Array:
 
 
 def resuming(run: Run, stages: int) -> str:
-    """What is there and what comes next; empty for a new folder."""
+    """Say which stages are there and what comes next; empty for a new folder."""
     trained = sum((run.stage(s) / "model").is_dir() for s in range(1, stages + 1))
     folders = [run.stage(trained + 1)] if trained else [run.out / "rollouts", run.stage(1)]
     has = ", ".join(sorted(path.name for folder in folders for path in folder.glob("[!.]*")))
@@ -253,7 +256,7 @@ def resuming(run: Run, stages: int) -> str:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What a person looks at
+# Lines, tables and pictures for people
 
 
 def accuracies(entry: dict) -> str:
@@ -262,7 +265,7 @@ def accuracies(entry: dict) -> str:
 
 def stage_line(entry: dict, pool: list[dict], chosen: Array, column: str, most: int = 4) -> str:
     """A stage in one line: what was chosen, what came of it, what it cost; and below it a right and a wrong answer."""
-    groups = Counter(str(pool[i].get(column, "all")) for i in chosen)
+    groups = Counter(str(pool[n].get(column, "all")) for n in chosen)
     shares = ", ".join(f"{name} {count / len(chosen):.0%}" for name, count in groups.most_common(most))
     costs = ", ".join(f"{part} {entry[f'seconds_{part}']:.1f} s" for part in PARTS if f"seconds_{part}" in entry)
     more = " ..." if len(groups) > most else ""
@@ -317,7 +320,7 @@ def draw_curve(path: Path, entries: list[dict], targeted: list[str], title: str)
 
 
 def draw_selection(path: Path, pool: list[dict], chosen: list[Array], column: str, title: str) -> None:
-    """What each stage chose, by a column of the data, beside the pool; and how much of it was chosen before."""
+    """The prompts that each stage chose, by a column of the data, beside the pool; and how many were chosen before."""
     groups = pandas.Series([str(row.get(column, "all")) for row in pool])
     sets = {"pool": groups} | {str(s): groups[picked] for s, picked in enumerate(chosen, 1)}
     shares = pandas.DataFrame({name: rows.value_counts(normalize=True) for name, rows in sets.items()}).T
@@ -357,7 +360,7 @@ def parse_settings(assignments: list[str]) -> dict[str, dict[str, object]]:
         except typer.BadParameter as error:
             raise BadInput(f"--set {text}: {error.message}") from None
     ours = {name: settings["train"][name] for name in ("loss", "mask_truncated") if name in settings["train"]}
-    settings["project"] = ours | settings["project"]  # what is ranked is what is ascended
+    settings["project"] = ours | settings["project"]  # scoring uses the loss of training
     for use in USES:  # those of `rollout` hold for the others, too
         names = options_of(use).keys() if use in SAMPLES else options_of(use).keys() & SHARED
         settings[use] = {o: v for o, v in settings["rollout"].items() if o in names} | settings[use]
@@ -387,7 +390,7 @@ def set_names(texts: list[str], prefix: str) -> dict[str, str]:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """While the block runs, no other command writes the folder. The lock is the operating system's and dies with us."""
+    """While the block runs, no other command writes the folder. The operating system releases the lock if we die."""
     folder.mkdir(parents=True, exist_ok=True)
     writer = folder / ".writer"
     try:
@@ -405,7 +408,7 @@ def read(settings: dict[str, dict], use: str, source: str) -> rollout.Prompts:
 
 
 def run_recipe(run: Run, prompts: rollout.Prompts) -> dict:
-    """All that the run depends on but its extent: stages and test sets."""
+    """Everything that the run depends on, except the number of stages and the test sets."""
     names = ("selector", "frac", "static", "refresh_every", "retry_failed", "retry_every", "seed")
     options = {name: getattr(run, name) for name in names}
     for use in [use for use in USES if use != "test"]:
@@ -432,7 +435,7 @@ def run(
     limit: rollout.MaybeCount = None,
     stages: rollout.Count = 8,
     frac: rollout.Share = 0.1,
-    selector: select.Selector = "influence",
+    selector: Annotated[str, typer.Option(callback=select.known_selector)] = "influence",
     static: bool = False,
     refresh_every: rollout.Natural = 0,
     retry_failed: rollout.Natural = 0,
@@ -505,7 +508,7 @@ def run(
 
 
 def launch(processes: int, max_restarts: int) -> None:
-    """Run this same command in so many processes, by torch's own launcher, and end as the first of them that fails."""
+    """Run this same command in several processes, by torch's own launcher, and end like the first one that fails."""
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
@@ -513,7 +516,7 @@ def launch(processes: int, max_restarts: int) -> None:
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
     os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"  # else the port is in use at half of the restarts
     logging.disable(logging.ERROR)  # what went wrong is said below, once
-    how = {"rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0", "monitor_interval": 0.1}
+    how: dict[str, Any] = {"rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0", "monitor_interval": 0.1}
     how |= {"virtual_local_rank": True}  # each process sees its own GPU alone, as vLLM wants it
     config = LaunchConfig(1, 1, processes, run_id=str(os.getpid()), max_restarts=max_restarts, **how)
     try:
@@ -530,13 +533,15 @@ def launch(processes: int, max_restarts: int) -> None:
 
 
 def follow(run: Run, stages: int, prompts: rollout.Prompts, group_by: str) -> None:
-    """Go through the curriculum, and show what comes out."""
+    """Go through the curriculum, and print and draw the results."""
     targeted = [name for name in run.test if name in run.valid]
     names = ", ".join(targeted) or "none has the name of a validation set"
     say(f"{run.out}: {run.selector}, {stages} stages; targeted test sets: {names}")
     if RANK == 0 and (line := resuming(run, stages)):
         say(line)
-    entries, chosen, s = [], [], 0
+    entries: list[dict] = []
+    chosen: list[Array] = []
+    s = 0
     for s in rollout.progress(curriculum(run, stages), "curriculum", "stage", total=stages + 1):
         if RANK == 0:
             entries.append(report_stage(run, s, entries[-1]["steps"] if s else 0))
@@ -561,7 +566,7 @@ def follow(run: Run, stages: int, prompts: rollout.Prompts, group_by: str) -> No
 
 
 def what_next(run: Run) -> list[str]:
-    """Commands for a page to read, and for a comparison with prompts chosen at random."""
+    """Commands that make a page to read, and a comparison with prompts chosen at random."""
     here, other = (shlex.quote(f"{run.out}{ending}") for ending in ("", "-random"))
     options = re.sub(r" --(out|selector)[ =]('[^']*'|\S+)", "", shlex.join(sys.argv[1:]))
     commands = [f"python bench/report.py {here}", f"python cropi.py {options} --selector random --out {other}"]

@@ -4,77 +4,85 @@
                       --out runs/mine/stage-02/gradients-train
 
 Reads   the current model θ and a folder of trajectories, which the behavior policy β sampled.
-Writes  a folder with a shard for each shard of trajectories. It has one row for each of its N live prompts (those whose
-        rewards differ; all other gradients are exactly 0), by prompt_index:
+Writes  a folder with a shard for each shard of trajectories, with one row for each of the N live prompts in it. (A
+        prompt is live if its trajectories did not all get the same reward. All other gradients are exactly 0.)
 
     sketch         float32 (N,k)  g̃(x;θ), equation 3
-    prompt_index   int32   (N,)   row of the data file that the trajectories belong to
+    prompt_index   int32   (N,)   row of the data set
     grad_norm      float32 (N,)   ‖g̃‖, which estimates ‖ĝ‖
     pass_rate      float32 (N,)   mean reward under β
-    ess_token      float32 (N,)   effective sample size of the prompt's n tokens: (Σρ)²/(nΣρ²), in (0, 1]
-    ess_trajectory float32 (N,)   the same of its K trajectories, with the products Π_t ρ_t
+    ess_token      float32 (N,)   effective sample size of the prompt's tokens: (Σρ)² / (their number · Σρ²), in (0, 1]
+    ess_trajectory float32 (N,)   the same of its K trajectories, with the products Π_t ρ_it
     token_kl, mean_change, largest_change  float32 (N,)   KL(β‖π_θ) and |log ρ|, mean and largest, over its tokens
-    half_sketch    float32 (H,k)  g̃ from the first half of the trajectories, for some of the prompts (if K is even):
-    half_index     int32   (H,)   their rows of the data file. How far the halves agree says how far to trust the ranks.
+    half_sketch    float32 (Q,k)  g̃ from the first half of the trajectories, for Q of the prompts (if K is even)
+    half_index     int32   (Q,)   their rows of the data set. If the halves disagree on the ranking, do not trust it.
 
-For prompt x with K trajectories τ_k ~ β, tokens a_kt and histories h_kt, the gradient is that of the first term of the
-objective in `train.py` without clipping, with the stored trajectories in place of fresh ones:
+Prompt x has K trajectories τ_i ~ β with tokens a_it and histories h_it. Its gradient is that of its part of the first
+term of the objective (6) in `train.py`, without clipping, with the stored trajectories in place of fresh ones:
 
-    ĝ(x;θ) = 1/K Σ_k 1/ℓ_k Σ_t w_kt Â_k ∇log π_θ(a_kt|h_kt)                                                    (2)
-    g̃(x;θ) = P M ĝ(x;θ)                                                                                       (3)
+    ĝ(x;θ) = 1/K Σ_i 1/ℓ_i Σ_t w_it Â_i ∇log π_θ(a_it|h_it)                                                    (2)
+    g̃(x;θ) = Φ M ĝ(x;θ)                                                                                       (3)
 
-ℓ_k is |τ_k|; `--loss` and `--mask-truncated` are those of training (train.py), with the mean length of the whole set's
-completions for dapo.
+ℓ_i is |τ_i|; `--loss` changes it, and `--mask-truncated` gives truncated completions weight 0, as in training. The
+mean length of dapo is that of the whole set's completions.
 
-With ρ_kt = π_θ(a_kt|h_kt) / β(a_kt|h_kt), `--ratio` sets the weight w_kt, and `--cap` an upper bound on it:
+With ρ_it = π_θ(a_it|h_it) / β(a_it|h_it), `--ratio` sets the weight w_it, and `--cap` an upper bound on it:
 
-    none 1       token ρ_kt (the paper's)       prefix Π_{s<=t} ρ_ks       sequence Π_s ρ_ks
+    none 1       token ρ_it (the paper's)       prefix Π_{t'<=t} ρ_it'     sequence Π_t' ρ_it'
 
-M keeps each coordinate of a parameter tensor with d coordinates with probability p = min(1, n/d), and divides it by √p;
-n is such that a share r of all coordinates is kept. P (k × all coordinates) has a single ±1 per column: the product of
-a sign of the coordinate's row and one of its column in the tensor. Coordinate j of a tensor, counted row by row, goes
-to bucket (j + shift) mod q, with q the largest prime up to k and a random shift for each tensor. So a tensor is added
-up in laps of q, and two of its coordinates meet only if they are a multiple of q apart; a width of the tensor that
-shares a factor with the lap would bring whole columns together, hence the prime. Over what is covered,
-E⟨g̃, g̃'⟩ = ⟨ĝ, ĝ'⟩, and with x_ij = g_i g'_j + g_j g'_i
+M, the mask, keeps coordinate j of the gradient with probability κ_j, and divides it by √κ_j. κ is the same within a
+tensor. On average every tensor keeps the same number of coordinates, or all if it has fewer; altogether a share r.
 
-    Var⟨g̃, g̃'⟩ = Σ_j (1/p_j - 1) g_j² g'_j²  +  Σ_{i<j meet} x_ij²  +  1/q Σ_{i<j of different tensors} x_ij²
+Φ, the random projection (k × all coordinates), has a single ±1 in each column: coordinate j is added, with its sign, to
+one of k buckets. The sign is the product of a sign of the coordinate's row and a sign of its column in its tensor. The
+bucket is (j + shift) mod q, with j counted row by row in the tensor. The shift is random for each tensor. q is the
+largest prime up to k. So the flattened tensor is cut into laps of q numbers, which are added up: two coordinates of a
+tensor meet in a bucket only if they are a multiple of q apart. (The lap is prime because, if it shared a factor with
+the width of a tensor, large parts of a column would meet.)
 
-(for tensors of at most q rows and columns: in others, x_ij of pairs with the same two rows in each column, or the same
-two columns in each row, are added before they are squared). That is like Weinberger et al., Feature Hashing for Large
-Scale Multitask Learning (2009), lemma 2, which has 1/k Σ_{i<j} x_ij² in place of both.
+Over the parameters that are covered E⟨g̃, g̃'⟩ = ⟨ĝ, ĝ'⟩, and with z_jm = g_j g'_m + g_m g'_j
 
-Per-prompt gradients from one batch of many prompts: the weight gradient of a linear layer
-y = Wa + b is Σ_t δ_t a_tᵀ (and Σ_t δ_t for the bias), a sum over tokens of the layer's input a_t and the objective's
-gradient δ_t at its output; that of an embedding is Σ_t δ_t in the row of token t. Hooks catch both for the whole batch,
-and one batched matrix product sums them prompt by prompt, (P, O, T) x (P, T, I) -> (P, O, I). The weights are frozen,
-so that product replaces the one with which autograd would have made the summed weight gradient, and a gradient per
-prompt costs little more than the backward pass it rides on (`bench/speed.py`).
+    Var⟨g̃, g̃'⟩ = Σ_j (1/κ_j - 1) g_j² g'_j²  +  Σ_{j<m in one bucket of a tensor} z_jm²
+                  +  1/q Σ_{j<m of different tensors} z_jm²
 
-What is covered: every nn.Linear and nn.Embedding. Other parameters of one dimension, the norms' gains, are left out. A
+This holds for tensors with at most q rows and fewer than q columns. In larger ones some pairs share their sign, and
+their z are added before they are squared. Compare Weinberger et al., Feature Hashing for Large Scale Multitask Learning
+(2009), lemma 2, which has 1/k Σ_{j<m} z_jm² in place of the last two sums.
+
+Per-prompt gradients from one batch of many prompts: the weight gradient of a linear layer is Σ_t δ_t input_tᵀ, a sum
+over tokens of the layer's input and the objective's gradient δ_t at its output; that of its bias is Σ_t δ_t. The
+gradient of an embedding adds δ_t to the row of token t. Hooks catch input and δ for the whole batch, and one batched
+matrix product sums them prompt by prompt, (P, O, W) x (P, W, I) -> (P, O, I), for P prompts in rows of W tokens, O
+outputs and I inputs. The weights are frozen, so this product replaces the one with which autograd would make the summed
+weight gradient. So a gradient per prompt costs little more than the backward pass it comes from (`bench/speed.py`).
+
+Covered are all nn.Linear and nn.Embedding layers. Other parameters of one dimension, the norms' gains, are left out. A
 model with other weight matrices (fused experts, convolutions, layers derived from those two) is refused.
 
-Why this one (`bench/projection.py`: the toy after two stages, precision of the top 10% against exact full gradients):
+Why this projection (`bench/projection.py`: the toy after two stages, precision of the top 10% against exact gradients):
 
-                              k = 4096   r = 0.1    r = 1       k = 32768   r = 0.1    r = 1
-    here                                  0.94       0.93                    0.95       0.98
-    same p for every tensor               0.87       0.93                    0.90       0.98
-    dense Gaussian                        0.89       0.94                    0.92       0.98
-    √r of rows, √r of columns             0.81       0.93                    0.85       0.98
-    the first coordinates                 0.81       0.95                    0.82       0.98
+    k                                    4096    4096   32768   32768
+    r                                     0.1       1     0.1       1
+    here                                 0.94    0.93    0.95    0.98
+    the same κ for every tensor          0.87    0.93    0.90    0.98
+    dense Gaussian                       0.89    0.94    0.92    0.98
+    √r of the rows, √r of the columns    0.81    0.93    0.85    0.98
+    the first coordinates                0.81    0.95    0.82    0.98
 
-With exact cosines it is 1.00 over what is covered, 0.96 over the linear layers alone. Time does not depend on r.
+Without a projection, precision is 1.00 over the covered parameters and 0.96 over the linear layers alone. Time does not
+depend on r. M and Φ are drawn anew in each stage, from its seed.
 
-Deviations:
- 1. The paper's P is dense. One ±1 per column costs O(d) instead of O(dk) with the same expectation.
+Deviations from the paper (and from its released code):
+ 1. The paper's Φ is dense. One ±1 per column has the same expectation, and costs one addition per coordinate, not k.
  2. The paper keeps a share r of 0.1. Here r is 1 by default, which costs the same: M is the identity.
- 3. Below r = 1 every tensor keeps the same number n of coordinates (or all it has) instead of the same share of them:
+ 3. Below r = 1 every tensor keeps the same number of coordinates (or all it has) instead of the same share of them:
     gradients of small tensors have larger coordinates.
  4. k is 4096 by default (paper: 32768), so that a run of the toy stays small on disk.
  5. The released code keeps the first coordinates it comes to. Ours are random over all that is covered. Its default
     keeps 15 million of 1.5 billion, a share of 0.01.
  6. The norms' gains are left out of the gradient.
  7. Sketches are float32 (released: float16).
+(As in the paper, the KL term, the entropy bonus, clipping and AdamW's scaling of coordinates play no part in ranking.)
 """
 
 from __future__ import annotations
@@ -93,14 +101,14 @@ from torch import Tensor, nn
 import rollout
 import train
 from rollout import TOY, Array, Count, Dtype, Given, Natural, Share, Trajectories, require
-from train import LOSSES, Batch, Loss, collate, completion_logps, k3_kl, micro_batches
+from train import Batch, Loss, LossName, collate, completion_logps, k3_kl, micro_batches
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 CODE = train.CODE | {"project": rollout.code_digest(__file__)}
 app = typer.Typer(**rollout.PLAIN)
-RATIOS = ("token", "none", "prefix", "sequence")
+Ratio = Literal["token", "none", "prefix", "sequence"]
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The objective
@@ -109,7 +117,7 @@ RATIOS = ("token", "none", "prefix", "sequence")
 def importance_weights(
     logps: Tensor, behavior_logps: Tensor, length: list[int], ratio: str, cap: float | None = None
 ) -> Tensor:
-    """w_kt of equation 2, without a gradient: (T,) log-probs of trajectories of these lengths -> (T,).
+    """w_it of equation 2, without a gradient: (T,) log-probs of trajectories of these lengths -> (T,).
 
     >>> pi, beta = torch.tensor([0.5, 0.5, 0.3]).log(), torch.tensor([0.25, 0.5, 0.6]).log()  # ρ = 2, 1, 1/2
     >>> torch.stack([importance_weights(pi, beta, [3], ratio) for ratio in ("none", "token", "prefix", "sequence")])
@@ -130,8 +138,8 @@ def importance_weights(
 
 def off_policy_objective(logps: Tensor, batch: Batch, ratio: str, cap: float | None = None) -> Tensor:
     """Summed over the batch; ĝ (2) is its gradient. The value itself has no meaning."""
-    weights = importance_weights(logps, batch.behavior_logps, batch.length, ratio, cap)
-    return (batch.weight * weights * batch.advantages * logps).sum()
+    importance = importance_weights(logps, batch.behavior_logps, batch.length, ratio, cap)
+    return (batch.weight * importance * batch.advantages * logps).sum()
 
 
 def staleness(log_ratio: Array, length: Array) -> dict[str, Array]:
@@ -146,9 +154,9 @@ def staleness(log_ratio: Array, length: Array) -> dict[str, Array]:
     tokens, log_ratio, there = length.sum(1), log_ratio.astype(np.float64), length.flatten() > 0
     starts = np.cumsum(tokens) - tokens
     by_trajectory = np.add.reduceat(log_ratio, (np.cumsum(length) - length.flatten())[there])
-    change, k3 = np.abs(log_ratio), k3_kl(torch.zeros(1), torch.from_numpy(log_ratio)).clamp(min=0).numpy()
+    change, kl = np.abs(log_ratio), k3_kl(torch.zeros(1), torch.from_numpy(log_ratio)).clamp(min=0).numpy()
     return {
-        "token_kl": np.add.reduceat(k3, starts) / tokens,
+        "token_kl": np.add.reduceat(kl, starts) / tokens,
         "mean_change": np.add.reduceat(change, starts) / tokens,
         "largest_change": np.maximum.reduceat(change, starts),
         "ess_token": effective_sample_size(log_ratio, tokens),
@@ -157,8 +165,8 @@ def staleness(log_ratio: Array, length: Array) -> dict[str, Array]:
 
 
 def effective_sample_size(log_weights: Array, counts: Array) -> Array:
-    """Kish's (Σw)²/(nΣw²) in (0, 1] for each of N groups, (N,), of n = counts[i] weights that stand one group after
-    another.
+    """Kish's (Σw)² / (count · Σw²) in (0, 1] for each of N groups, (N,), of `counts` weights each, stored one group
+    after another.
 
     >>> effective_sample_size(np.log([1.0, 1.0, 2.0, 9.0]), np.array([3, 1]))  # 4² / (3·6), and a weight alone
     array([0.88888889, 1.        ])
@@ -174,28 +182,28 @@ def effective_sample_size(log_weights: Array, counts: Array) -> Array:
 
 
 def keep_probability(sizes: dict[str, int], sparse_ratio: float) -> dict[str, float]:
-    """p = min(1, n/d) for tensors of d coordinates, with n such that a share `sparse_ratio` of all is kept.
+    """κ = min(1, quota / size) for each tensor, with one quota for all, such that a share `sparse_ratio` is kept.
 
     >>> keep_probability({"bias": 10, "small": 100, "large": 890}, 0.31)  # 310 of 1000: 10 + 100 + 200
     {'bias': 1.0, 'small': 1.0, 'large': 0.2247...}
     """
-    n, left = 0.0, sparse_ratio * sum(sizes.values())
+    quota, left = 0.0, sparse_ratio * sum(sizes.values())
     for place, size in enumerate(sorted(sizes.values())):
-        n = left / (len(sizes) - place)  # an even share of what is left to keep
-        if size >= n:
+        quota = left / (len(sizes) - place)  # an even share of the coordinates that are left to keep
+        if size >= quota:
             break
-        left -= size  # tensors smaller than that are kept whole
-    return {name: min(1.0, n / size) for name, size in sizes.items()}
+        left -= size  # smaller tensors are kept whole
+    return {name: min(1.0, quota / size) for name, size in sizes.items()}
 
 
 class SparseProjection:
-    """P M of equation 3, for parameters that are visited tensor by tensor.
+    """Φ M of equation 3, for parameters that are visited tensor by tensor.
 
     Args:
         shapes: of each parameter tensor.
-        keep: probability with which a coordinate of each tensor is kept.
-        k: buckets.
-        seed: draws M and P; the same on every device.
+        keep: κ of each tensor, the probability with which a coordinate is kept.
+        k: number of buckets.
+        seed: draws M and Φ; the same on every device.
         like: a tensor with the device and the dtype of the gradients.
     """
 
@@ -203,14 +211,14 @@ class SparseProjection:
         self.k = k
         self.q = next(q for q in range(k, 0, -1) if all(q % n for n in range(2, math.isqrt(q) + 1)))
         self.coordinates, generator = 0, torch.Generator().manual_seed(seed)
-        # name -> (±1 for each row (O, 1) and column (I,), M as 0 and 1 or none if all is kept, 1/√p, the shift)
+        # name -> (±1 for each row (O, 1) and column (I,), M as 0 and 1 or None if all are kept, 1/√κ, the shift)
         self.blocks: dict[str, tuple[Tensor, Tensor, Tensor | None, float, int]] = {}
         for name, shape in shapes.items():
-            rows, columns, p = shape[0], math.prod(shape[1:]), keep[name]
+            rows, columns, kappa = shape[0], math.prod(shape[1:]), keep[name]
             row, column = (torch.randint(0, 2, (n,), generator=generator).to(like) * 2 - 1 for n in (rows, columns))
-            kept = (torch.rand(rows, columns, generator=generator) < p).to(like.device) if p < 1 else None
+            kept = (torch.rand(rows, columns, generator=generator) < kappa).to(like.device) if kappa < 1 else None
             shift = int(torch.randint(0, self.q, (), generator=generator))
-            self.blocks[name] = (row[:, None], column, kept, p**-0.5, shift)
+            self.blocks[name] = (row[:, None], column, kept, kappa**-0.5, shift)
             self.coordinates += rows * columns if kept is None else int(kept.count_nonzero())
 
     def add(self, sketch: Tensor, name: str, gradient: Tensor) -> None:
@@ -219,7 +227,7 @@ class SparseProjection:
         gradient.mul_(row).mul_(column)
         if kept is not None:
             gradient.mul_(kept)
-        lap = flat = gradient.flatten(1)  # (P, d)
+        lap = flat = gradient.flatten(1)  # (P, O*I)
         laps, rest = divmod(flat.shape[1], self.q)
         if laps:
             lap = flat[:, : laps * self.q].unflatten(1, (laps, self.q)).sum(1, dtype=torch.float32)  # (P, q)
@@ -240,7 +248,7 @@ class GradientSketcher:
         BadInput: the model has weight matrices outside nn.Linear and nn.Embedding.
     """
 
-    MATRIX_ELEMENTS = 1 << 20  # of per-prompt weight gradients held at a time (or those of one prompt)
+    MATRIX_ELEMENTS = 1 << 20  # numbers of per-prompt weight gradients held at a time (or those of one prompt)
 
     def __init__(
         self,
@@ -255,15 +263,15 @@ class GradientSketcher:
         names = {id(parameter): name for name, parameter in model.named_parameters()}  # a tied weight has one name
         layers = [module for module in model.modules() if type(module) in (nn.Linear, nn.Embedding)]
         parameters = [parameter for module in layers for parameter in module.parameters()]
-        self.weights = {names[id(p)]: p for p in sorted(parameters, key=lambda p: -p.ndim)}  # and after them biases
-        rest = [module for module in model.modules() if module not in layers]  # a derived one may hold a tied weight
+        self.weights = {names[id(p)]: p for p in sorted(parameters, key=lambda p: -p.ndim)}  # biases last
+        rest = [module for module in model.modules() if module not in layers]  # derived ones may hold tied weights
         others = [names[id(p)] for module in rest for p in module.parameters(recurse=False) if p.ndim > 1]
         only = "per-prompt gradients support only nn.Linear and nn.Embedding layers"
         require(not others, f"{', '.join(others[:3])}: {only}")
         sizes = {name: parameter.numel() for name, parameter in self.weights.items()}
         self.covered = sum(sizes.values())
         shapes, keep = {n: p.shape for n, p in self.weights.items()}, keep_probability(sizes, sparse_ratio)
-        # Per-prompt weight gradients are made here, some prompts at a time; fresh memory each time takes longer.
+        # Per-prompt weight gradients are made in this memory, some prompts at a time; fresh memory each time is slower.
         largest = max(sizes.values())
         self.workspace = torch.empty(max(largest, self.MATRIX_ELEMENTS), device=model.device, dtype=model.dtype)
         self.projection = SparseProjection(shapes, keep, k, seed, self.workspace)
@@ -273,7 +281,7 @@ class GradientSketcher:
         ]
 
     def close(self) -> None:
-        """Let go of the model: a hook and what it belongs to would keep each other in memory."""
+        """Remove the hooks: they and the model would keep each other in memory."""
         for hook in self.hooks:
             hook.remove()
 
@@ -296,7 +304,7 @@ class GradientSketcher:
         """g̃(x;θ) of the batch's P pieces, (P, k) float32, and log π_θ of its tokens, (T,)."""
         self.sketches = torch.zeros(len(batch.ids), self.projection.k, device=batch.ids.device)
         logps, _ = completion_logps(self.model, batch, temperature)
-        # A sum over prompts: they do not meet in the network, so δ of each stays its own.
+        # A sum over prompts. They do not meet in the network, so each has a δ of its own.
         off_policy_objective(logps, batch, self.ratio, self.cap).backward()
         return self.sketches, logps.detach()
 
@@ -334,7 +342,7 @@ def project_groups(
 ) -> dict[str, Array]:
     """The tensors of a shard for N live groups, of which `halved` (N,) bool are sketched half by half.
 
-    A gradient is the sum over the pieces of its group: a token weighs 1/(Kℓ_k), K counting the whole group.
+    A gradient is the sum over the pieces of its group: a token weighs 1/(Kℓ_i), K counting the whole group.
 
     Raises:
         BadInput: NaN or infinity, naming the prompts.
@@ -346,9 +354,9 @@ def project_groups(
         batch = collate(groups, pieces, device, loss)
         sketches, logps = sketcher.sketch(batch, temperature)  # (P, k), (T,)
         log_ratio[batch.stored] = (logps - batch.behavior_logps).cpu().numpy()
-        for (n, ks), piece in zip(pieces, sketches, strict=True):
+        for (n, part), piece in zip(pieces, sketches, strict=True):
             sketch[n] += piece
-            if halved[n] and np.isin(ks, train.halves(groups.rewards[n])[0]).all():
+            if halved[n] and np.isin(part, train.halves(groups.rewards[n])[0]).all():
                 first_half[n] += 2 * piece  # the mean over K/2
     norm = sketch.norm(dim=1).cpu().numpy()
     bad = groups.prompt_index[~np.isfinite(norm)]
@@ -374,9 +382,9 @@ def project(
     trajectories: Given,
     out: Given,
     model: Path = TOY / "model",
-    ratio: Literal[RATIOS] = "token",
+    ratio: Ratio = "token",
     cap: Annotated[float | None, typer.Option(callback=rollout.above_zero)] = None,
-    loss: Literal[LOSSES] = "grpo",
+    loss: LossName = "grpo",
     mask_truncated: bool = False,
     k: Count = 4096,
     sparse_ratio: Share = 1.0,
@@ -397,8 +405,8 @@ def project(
         mask_truncated: As in train.py.
         k: Dimensions of the sketch; the paper's is 32768.
         sparse_ratio: r, the share of gradient coordinates kept.
-        halves: So many prompts of the set are, if live, also sketched half by half, as a check.
-        seed: Of the projection; all gradients of one selection need the same.
+        halves: Sketch N prompts of the set also half by half, if they are live, as a check.
+        seed: Seed of the projection; all gradients of one selection need the same.
     """
     options, model = dict(locals()), rollout.model_folder(model)
     shards = rollout.shards(trajectories, "trajectories")
@@ -412,8 +420,8 @@ def project(
     inputs = {"model": rollout.model_identity(model), "data": sampled["inputs"]["data"]}
     options["temperature"] = temperature = sampled["options"]["temperature"]
     live, longest = sums["live"], sampled["options"]["max_tokens"]
-    kept = sums["tokens"] - mask_truncated * sums["truncated"] * longest  # a truncated one has so many
-    inputs["length"] = (kept or 1) / sums["trajectories"] if loss == "dapo" else None  # of the whole set
+    kept = sums["tokens"] - mask_truncated * sums["truncated"] * longest  # a truncated one has this length
+    inputs["length"] = (kept or 1) / sums["trajectories"] if loss == "dapo" else None  # the mean over the whole set
     weighing = Loss(loss, inputs["length"] or longest, mask_truncated)
     recipe = rollout.make_recipe("gradients", CODE, options, **inputs)
     of_shards = [record["recipe"]["shard"] | {"trajectories": record["identity"]} for record in shards.values()]
@@ -424,7 +432,7 @@ def project(
         require(kept > 0, f"--sparse-ratio {sparse_ratio:g} keeps no coordinate; take a larger one")
         said = f"{live} live prompts of {count}; {kept:,} of {sketcher.covered:,} coordinates kept"
         rollout.say(f"{trajectories}: {said} ({policy.num_parameters():,} parameters) -> k = {k:,}; {size:.1f} MB")
-        chosen = np.random.default_rng(seed).permutation(count)[:halves]  # a matter of seed and prompt alone
+        chosen = np.random.default_rng(seed).permutation(count)[:halves]  # depends only on seed and prompt
         for path, made_from in rollout.progress(missing.items(), f"project {trajectories.name}", "shard"):
             groups, record = rollout.load_trajectories(trajectories / path.name)
             groups = groups.take(groups.live())

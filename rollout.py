@@ -9,31 +9,32 @@ Reads   a causal language model and a data set, each a local path or the name of
 Writes  a folder of shards, 00000.safetensors, 00001.safetensors ..., each with the K trajectories of its N prompts:
 
     prompt_index   int32   (N,)    row of the data set
-    prompt_length  int32   (N,)    tokens of the prompt
-    prompt_tokens  int32   (Tp,)   the prompts' ids, one prompt after another
-    length         int32   (N,K)   tokens of each completion, the end token included; 0 where a group has fewer than K
+    prompt_length  int32   (N,)    number of tokens of the prompt
+    prompt_tokens  int32   (sum,)  the prompts' ids, one prompt after another
+    length         int32   (N,K)   |τ_i|, tokens of completion i, the end token included; 0: the group has fewer than K
     tokens         int32   (T,)    the completions' ids as they were sampled, one after another; never re-tokenised
-    behavior_logps float32 (T,)    log β(a_t|h_t) of each of these tokens
-    rewards        float32 (N,K)   R_k, the verifier's verdict; NaN where there is no completion
-    truncated      uint8   (N,K)   1 where max_tokens cut the completion off before its end token
+    behavior_logps float32 (T,)    log β(a_it|h_it) of each of these tokens
+    rewards        float32 (N,K)   R_i, the verifier's verdict; NaN: the group has fewer than K
+    truncated      uint8   (N,K)   1 if max_tokens cut the completion off before its end token
 
-This is the first script of five; each imports from those before it: rollout, train, project, select, cropi. What all
-five share (bad input, processes, files) stands at its end. Skip that on first reading.
+The README has a table of the symbols. This is the first script of five. Each imports from those before it: rollout,
+train, project, select, cropi. What all five share (bad input, processes, files) stands at its end; skip that on first
+reading, and the section on rewards.
 
 The policy is softmax(logits / temperature) everywhere: here, in the GRPO step and in the influence estimate. There is
-no top-p and no top-k, since both would bend the ratios π/β that the off-policy gradient is made of (equation 2).
+no top-p and no top-k, because both would change the ratios π/β in the off-policy gradient (equation 2).
 
-Numbers: weights, AdamW's moments, sums, log-softmax, advantages and sketches are float32. On CUDA the forward and the
-backward pass are bfloat16 by default (`--dtype`); the gradient of an embedding row, a sum over all places of a token,
-is summed in float32. Attention is torch's scaled_dot_product_attention ("sdpa"). The same command gives the same bytes
-on CPUs, with the same number of threads; on GPUs, `--deterministic` chooses algorithms that do, where torch has them.
+Numbers are float32. On CUDA, rollouts and scoring have bfloat16 weights by default, and training has float32 weights
+with bfloat16 products (`--dtype`); log-softmax, advantages, AdamW's moments and sketches stay float32. Attention is
+torch's scaled_dot_product_attention ("sdpa"). On CPUs, the same command gives the same bytes with the same number of
+threads. On GPUs, `--deterministic` asks torch for algorithms that do.
 
 Deviations from the paper (and from its released code):
- 1. Log-probs of β are stored as they were sampled (released: recomputed by the base model at temperature 1).
+ 1. Log-probs of β are stored when they are sampled (released: recomputed by the base model at temperature 1).
  2. An end token that was sampled is always a token of its completion (released: not always).
  3. One temperature, 1 by default (paper: 0.5 for stored trajectories, which the released code scores at 1).
 
-With transformers a completion depends on model, temperature, seed, data, K, token limit and prompt alone: not on batch
+With transformers a completion depends only on model, temperature, seed, data, K, token limit and prompt: not on batch
 size, shard size, number of processes or order of the prompts, beyond rounding. vLLM's sampling is not repeatable.
 """
 
@@ -57,13 +58,13 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
 import torch
@@ -82,11 +83,11 @@ if TYPE_CHECKING:  # imported where they are needed: transformers takes two seco
     from pebble import ProcessPool
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-# The one announces every retry, the other what we refuse in words of our own.
+# The Hub's library would announce every retry, transformers everything that is refused below in one line.
 os.environ |= {"HF_HUB_VERBOSITY": "error", "TRANSFORMERS_VERBOSITY": "error"} | dict(os.environ)
 TOY = Path(os.path.relpath(Path(__file__).resolve().parent / "toy"))  # the bundled world: the default paths
 Array = np.ndarray
-PLAIN = {"add_completion": False, "pretty_exceptions_enable": False, "rich_markup_mode": None}
+PLAIN: dict[str, Any] = {"add_completion": False, "pretty_exceptions_enable": False, "rich_markup_mode": None}
 app = typer.Typer(**PLAIN)
 
 
@@ -106,13 +107,13 @@ class Trajectories:
     behavior_logps: Array
     rewards: Array
     truncated: Array
-    failed: dict[str, int] = field(default_factory=dict)  # verdicts that could not be had: `errors`, `timeouts`
+    failed: dict[str, int] = field(default_factory=dict, kw_only=True)  # verdicts that failed: `errors`, `timeouts`
 
     def __post_init__(self):
-        self.samples = self.rewards.shape[1]  # K, of the largest group
-        self.sizes = np.count_nonzero(self.length, axis=1)  # (N,) of each group
+        self.samples = self.rewards.shape[1]  # K, the size of the largest group
+        self.sizes = np.count_nonzero(self.length, axis=1)  # (N,) size of each group
         self.prompt_offsets = np.concatenate([[0], np.cumsum(self.prompt_length, dtype=np.int64)])  # (N+1,)
-        # Trajectory k of prompt n has tokens[offsets[m] : offsets[m+1]], and these log-probs, with m = n*K + k.
+        # Trajectory i of prompt n has tokens[offsets[m] : offsets[m+1]], and these log-probs, with m = n*K + i.
         self.offsets = np.concatenate([[0], np.cumsum(self.length, dtype=np.int64)])  # (N*K+1,)
 
     def tensors(self) -> dict[str, Array]:
@@ -121,21 +122,21 @@ class Trajectories:
     def prompt(self, n: int) -> Array:
         return self.prompt_tokens[self.prompt_offsets[n] : self.prompt_offsets[n + 1]]
 
-    def span(self, n: int, k: int) -> slice:
-        """Where the tokens and log-probs of trajectory k of prompt n stand."""
-        m = n * self.samples + k
+    def span(self, n: int, i: int) -> slice:
+        """Place of trajectory i of prompt n in `tokens` and `behavior_logps`."""
+        m = n * self.samples + i
         return slice(int(self.offsets[m]), int(self.offsets[m + 1]))
 
     def live(self) -> Array:
-        """The prompts n whose rewards differ. In all others every advantage, and so the gradient, is exactly 0."""
+        """The prompts n whose trajectories did not all get the same reward. All other gradients are exactly 0."""
         return np.flatnonzero(np.nanmax(self.rewards, 1) > np.nanmin(self.rewards, 1))
 
     def failures(self) -> Array:
-        """The prompts n whose group has only failures: rewards do not differ, and none is that of a right answer."""
+        """The prompts n with nothing but failures: all rewards are equal, and none is that of a right answer."""
         return np.setdiff1d(np.flatnonzero(~self.right().any(1)), self.live())
 
     def right(self) -> Array:
-        """Which completions are right, (N, K) bool."""
+        """Is completion i of prompt n right? (N, K) bool."""
         return self.rewards >= RIGHT
 
     def counts(self) -> dict[str, float]:
@@ -146,7 +147,7 @@ class Trajectories:
         return counts | sums | self.failed
 
     def take(self, kept: Array) -> Trajectories:
-        """The same of some prompts, in the same order: `kept` holds their places n."""
+        """The trajectories of some prompts, in the same order: `kept` holds their places n."""
         prompts = np.isin(np.arange(len(self.length)), kept)  # (N,)
         tokens = np.repeat(prompts, self.length.sum(1))
         of = {"tokens": tokens, "behavior_logps": tokens, "prompt_tokens": np.repeat(prompts, self.prompt_length)}
@@ -158,7 +159,7 @@ TENSORS = tuple(name for name in Trajectories.__dataclass_fields__ if name != "f
 
 
 def join(parts: Sequence[Trajectories]) -> Trajectories:
-    """Those of different prompts, one part after another; the tables (N, K) become as wide as the widest."""
+    """Trajectories of different prompts, one part after another; the tables (N, K) become as wide as the widest."""
 
     def wide(part: Trajectories, name: str) -> Array:
         values, absent = getattr(part, name), np.nan if name == "rewards" else 0
@@ -171,10 +172,11 @@ def join(parts: Sequence[Trajectories]) -> Trajectories:
 
 
 def group_advantages(rewards: Tensor, scale: bool = True) -> Tensor:
-    """Â_k = (R_k - mean R) / (std R + 1e-6): (P, K) -> (P, K). Equation 2; std is the sample's (divided by K - 1).
+    """Â_i = (R_i - mean R) / (std R + 1e-6): (N, K) -> (N, K), for equations 2 and 6. The variance of a group is its
+    sum of squares divided by its size - 1.
 
     Args:
-        rewards: NaN where a group has fewer than K trajectories, whose Â is 0.
+        rewards: NaN where a group has fewer than K trajectories; Â is 0 there.
         scale: divide by the standard deviation (Dr. GRPO does not).
 
     >>> group_advantages(torch.tensor([[1.0, 0.0, 0.0, 0.0]]))  # mean 1/4, std 1/2
@@ -189,14 +191,14 @@ def group_advantages(rewards: Tensor, scale: bool = True) -> Tensor:
 def load_trajectories(path: Path) -> tuple[Trajectories, dict]:
     """The trajectories of one shard, and its record (recipe, facts, identity)."""
     tensors, record = load(path, "trajectories")
-    return Trajectories(**tensors), record
+    return Trajectories(*(tensors[name] for name in TENSORS)), record
 
 
 def sample_trajectories(
     engine: TransformersEngine | VllmEngine,
     tokenizer: PreTrainedTokenizerBase,
     rows: Sequence[dict],
-    prompts: Sequence[Sequence[int]] | dict[int, Sequence[int]],
+    prompts: Sequence[Sequence[int]] | Mapping[int, Sequence[int]],
     picked: Sequence[int],
     o: SimpleNamespace,
     seed: Sequence[int],
@@ -207,14 +209,14 @@ def sample_trajectories(
     """K verified trajectories for each of the N picked rows.
 
     Args:
-        prompts: token ids, `prompts[i]` for `rows[i]`.
-        picked: the N places i.
+        prompts: token ids, `prompts[n]` for `rows[n]`.
+        picked: the N places n.
         o: options of `rollout`: samples (K), max_tokens, temperature, reward, reward_seconds.
-        seed: with i it determines the random numbers of a row.
-        policy: what the engine should sample from, for its `check`.
+        seed: with n it determines the random numbers of a row.
+        policy: the policy that the engine should sample from, for its `check`.
         allowed: how many verdicts may fail; see `verify`.
     """
-    ids, sampling = [prompts[i] for i in picked], {"samples": o.samples, "max_tokens": o.max_tokens, "seed": seed}
+    ids, sampling = [prompts[n] for n in picked], {"samples": o.samples, "max_tokens": o.max_tokens, "seed": seed}
     groups = engine.generate(ids, picked, temperature=o.temperature, **sampling) if ids else []
     completions = [c for group in groups for c in group]  # (N*K,)
     trajectories = Trajectories(
@@ -230,7 +232,7 @@ def sample_trajectories(
     if policy is not None and ids:
         engine.check(policy, trajectories, o.temperature)
     texts = tokenizer.batch_decode([c.tokens.tolist() for c in completions], skip_special_tokens=True) if ids else []
-    repeated = [rows[i] for i in picked for _ in range(o.samples)]  # (N*K,)
+    repeated = [rows[n] for n in picked for _ in range(o.samples)]  # (N*K,)
     rewards, trajectories.failed = verify(o.reward, repeated, texts, seconds=o.reward_seconds, allowed=allowed)
     trajectories.rewards[:] = rewards.reshape(-1, o.samples)
     return trajectories
@@ -329,7 +331,7 @@ def make_shards(missing: dict[Path, dict], rows: Prompts, o: SimpleNamespace) ->
     engine = open_engine(o, policy, tokenizer)
     allowed, seed = max(1, o.max_errors * o.samples * len(kept)), [o.seed, int(rows.digest, 16)]
     for path, recipe in progress(missing.items(), f"rollout {o.out.name}", "shard"):
-        picked = [i for i in range(recipe["shard"]["first"], recipe["shard"]["last"] + 1) if i in kept]
+        picked = [n for n in range(recipe["shard"]["first"], recipe["shard"]["last"] + 1) if n in kept]
         if o.retry:
             stored = load_trajectories(o.retry / path.name)[0]
             picked = stored.prompt_index[stored.failures()].tolist()
@@ -344,8 +346,8 @@ def make_shards(missing: dict[Path, dict], rows: Prompts, o: SimpleNamespace) ->
 
 
 def replace_failures(stored: Trajectories, fresh: Trajectories) -> Trajectories:
-    """The stored groups, but in place of those of failures alone fresh ones that have a success. (Not a fair sample of
-    the policy: the fresh ones are kept because they have one.)"""
+    """The stored groups. A group with nothing but failures is replaced by the fresh one, if that has a success. (So the
+    fresh groups are no fair sample of the policy: they are kept because they have a success.)"""
     won = np.setdiff1d(np.arange(len(fresh.sizes)), fresh.failures())
     kept = np.flatnonzero(~np.isin(stored.prompt_index, fresh.prompt_index[won]))
     made = join([stored.take(kept), fresh.take(won)])
@@ -370,7 +372,7 @@ def retry_recipes(recipe: dict, folder: Path) -> list[dict]:
 
 
 showing = typer.Typer(**PLAIN)
-showing.callback()(lambda: None)  # so that `show` is a word of the command line
+showing.callback()(lambda: None)  # makes `show` a subcommand
 
 
 @showing.command(help="Print what a model said: prompts, and completions with reward, advantage Â and tokens.")
@@ -396,10 +398,10 @@ def show(
     key = {"reward": -np.nanmean(t.rewards, 1), "length": -t.length.sum(1) / t.sizes, "prompt": t.prompt_index}[sort]
     for n in np.argsort(key, kind="stable")[:prompts]:
         typer.secho(f"prompt {t.prompt_index[n]}: {read(t.prompt(n))}\n  reward      Â  tokens", bold=True)
-        for k in range(t.sizes[n]):
-            about = f"{t.rewards[n, k]:8.2f} {advantages[n, k]:+6.2f} {t.length[n, k]:7d}  "
-            text = read(t.tokens[t.span(n, k)]) + " [truncated]" * int(t.truncated[n, k])
-            typer.secho(about + text.replace("\n", "\n" + " " * len(about)), fg="green" if t.right()[n, k] else "red")
+        for i in range(t.sizes[n]):
+            about = f"{t.rewards[n, i]:8.2f} {advantages[n, i]:+6.2f} {t.length[n, i]:7d}  "
+            text = read(t.tokens[t.span(n, i)]) + " [truncated]" * int(t.truncated[n, i])
+            typer.secho(about + text.replace("\n", "\n" + " " * len(about)), fg="green" if t.right()[n, i] else "red")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -407,8 +409,8 @@ def show(
 
 
 class Prompts(list):
-    """Rows of a data set: dictionaries with `prompt` (a string, or chat messages), `answer` (a string) and what other
-    columns there are, for the reward function. `digest` is that of the rows, wherever they came from."""
+    """Rows of a data set: dictionaries with `prompt` (a string, or chat messages), `answer` (a string) and the other
+    columns, for the reward function. `digest` is that of the rows, wherever they came from."""
 
     digest: str
 
@@ -432,7 +434,7 @@ def load_prompts(
     Args:
         source: a local jsonl, json, csv or parquet file, or NAME[:CONFIG[:SPLIT]] on the Hub, SPLIT as `datasets`
             writes it, such as train[:1000]; or several of these, joined by +.
-        prompt_column, answer_column: in place of COLUMNS; a dot stands between a column and an entry of it.
+        prompt_column, answer_column: in place of COLUMNS; a.b is entry b of column a.
         skip_bad_rows: drop rows without prompt or answer.
     Raises:
         BadInput: not there, not readable, or a row without prompt or answer.
@@ -477,6 +479,8 @@ def _load_rows(source: str, written: int | None, names: tuple, skip_bad_rows: bo
 class _Float(float):
     """A number of a JSON file that keeps its text: 72.50."""
 
+    text: str
+
     def __new__(cls, text: str) -> _Float:
         number = super().__new__(cls, text)
         number.text = str(text)
@@ -487,7 +491,7 @@ class _Float(float):
 
 
 def _read_json(path: Path) -> list:
-    """A list, or one object per line; `datasets` would make 72 beside 72.5 a 72.0."""
+    """A list, or one object per line. (If one answer is 72.5, `datasets` would turn 72 into 72.0.)"""
     text, parse, rows = path.read_text("utf-8-sig"), functools.partial(json.loads, parse_float=_Float), []
     if text.lstrip().startswith("["):
         return parse(text)
@@ -513,8 +517,8 @@ def _read_table(source: str, names: tuple) -> list[dict]:
     return datasets.load_dataset(name, name=config or None, split=split or "train").to_list()
 
 
-def _usable(row: object, names: Sequence[str], column: str) -> str | list | None:
-    """The prompt or the answer of a row: the first of these columns that has one; None if that will not do."""
+def _usable(row: Any, names: Sequence[str], column: str) -> str | list | None:
+    """The prompt or the answer of a row: the first of these columns that has one; None if it cannot be used."""
     value = next((v for v in (_look_up(row, name) for name in names) if v is not None), None)
     if column == "answer":
         return str(value) if isinstance(value, str | int | float) and not isinstance(value, bool) else None
@@ -523,12 +527,12 @@ def _usable(row: object, names: Sequence[str], column: str) -> str | list | None
     return value if isinstance(value, str) or _is_chat(value) else None
 
 
-def _look_up(row: dict, name: str) -> object:
+def _look_up(row: Any, name: str) -> Any:
     """reward_model.ground_truth: the entry of an entry."""
     return functools.reduce(lambda at, key: at.get(key) if isinstance(at, dict) else None, name.split("."), row)
 
 
-def _is_chat(value: object) -> bool:
+def _is_chat(value: Any) -> bool:
     return isinstance(value, list) and all(isinstance(m, dict) and {"role", "content"} <= set(m) for m in value)
 
 
@@ -564,7 +568,7 @@ def encode_prompts(
             texts.append(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
         except TemplateError as error:  # Gemma's, for one, knows no system prompt
             raise BadInput(f"{source}, row {number}: the model's chat template refuses the prompt ({error})") from None
-    encode = functools.partial(tokenizer, add_special_tokens=not template)  # a template has them already
+    encode = functools.partial(tokenizer, add_special_tokens=not template)  # a template adds them itself
     lacking = {c for c in set("".join(texts)) if not c.isspace() and c not in tokenizer.decode(encode(c).input_ids)}
     if lacking:
         count = sum(bool(lacking & set(text)) for text in texts)
@@ -580,10 +584,10 @@ def fitting_prompts(
     max_tokens: int,
     max_prompt_tokens: int | None,
 ) -> list[int]:
-    """Places of the prompts that have tokens, and not more than the model, or the option, has room for.
+    """Places of the prompts that have tokens, and fit into the model and the option.
 
     Raises:
-        BadInput: there is none.
+        BadInput: no prompt does.
     """
     limits = [getattr(policy.config, name, None) for name in ROOM]
     limit = min((limit for limit in limits if limit), default=sys.maxsize)
@@ -598,7 +602,7 @@ def fitting_prompts(
     return fit
 
 
-ROOM = ("max_position_embeddings", "sliding_window", "window_size", "attention_chunk_size")  # train.py has no windows
+ROOM = ("max_position_embeddings", "sliding_window", "window_size", "attention_chunk_size")  # train.py has none
 
 
 def model_folder(model: Path) -> Path:
@@ -631,7 +635,7 @@ def load_model(path: Path, dtype: torch.dtype = torch.float32) -> tuple[PreTrain
     require((path / "config.json").is_file(), f"{path}: no model folder here (it has no config.json)")
     model_identity(path, check=True)
     disable_progress_bar()  # one per file read or written
-    try:  # weights from safetensors alone, and no code of the model's: neither can run anything
+    try:  # weights from safetensors only, and no code that comes with the model: so a model can run nothing
         safe, form = {"trust_remote_code": False}, {"dtype": dtype, "attn_implementation": our_attention()}
         model, report = AutoModelForCausalLM.from_pretrained(
             path, output_loading_info=True, use_safetensors=True, **form, **safe
@@ -640,7 +644,7 @@ def load_model(path: Path, dtype: torch.dtype = torch.float32) -> tuple[PreTrain
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise BadInput(f"{path}: cannot load this model ({str(error).splitlines()[0]})") from None
     layers = set(getattr(model.config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
-    kinds = ", ".join(sorted(layers)) or "layers of its own kind"  # a prompt and its completions share a row (train.py)
+    kinds = ", ".join(sorted(layers)) or "layers of its own kind"  # train.py puts a prompt and its completions in a row
     plain = not layers and not model._is_stateful and model._supports_attention_backend
     require(plain, f"{path}: this model has {kinds}; only attention is supported")
     require(not report["missing_keys"], f"{path}: the weights lack {', '.join(sorted(report['missing_keys'])[:3])}")
@@ -682,16 +686,16 @@ def pick_dtype(dtype: str) -> torch.dtype:
 # Verifiable rewards, in TRL's form: reward(prompts, completions, **columns) -> list of floats
 
 
-def exact(prompts: Sequence, completions: Sequence, answer: Sequence[str], **columns) -> list[float]:
+def exact(prompts: Sequence, completions: Sequence, answer: Sequence[str], **columns: Any) -> list[float]:
     """1.0 where the completion is the answer, up to surrounding white space."""
     return [float(_text(c).strip() == a.strip()) for c, a in zip(completions, answer, strict=True)]
 
 
-def math(prompts: Sequence, completions: Sequence, answer: Sequence[str], **columns) -> list[float]:
+def math(prompts: Sequence, completions: Sequence, answer: Sequence[str], **columns: Any) -> list[float]:
     """1.0 where the completion's final answer is mathematically equal to that of `answer`.
 
-    The final answer is what the last \\boxed{} holds, or what follows the last `####` (GSM8K), or else, in the column
-    `answer`, all of it. A completion that gives it in neither form is wrong.
+    The final answer is the content of the last \\boxed{}, or the text after the last `####` (GSM8K). In the column
+    `answer` it may also be the whole text. A completion with neither form is wrong.
     """
     return [
         float(same_answer(final_answer(a) or a, final_answer(_text(c))))
@@ -707,7 +711,7 @@ def _text(completion: str | list[dict]) -> str:
 
 
 def final_answer(text: str) -> str | None:
-    r"""What the last \boxed{} holds, braces counted, or else what follows the last `####`; None if there is neither.
+    r"""The content of the last \boxed{}, or else the text after the last `####`; None if there is neither.
 
     >>> final_answer(r"so \boxed{1} or \boxed{\frac{1}{2}}."), final_answer("6 * 7 = 42 #### 42"), final_answer("42")
     ('\\frac{1}{2}', '42', None)
@@ -728,8 +732,8 @@ def final_answer(text: str) -> str | None:
 
 
 def same_answer(gold: str, answer: str | None) -> bool:
-    """Are the two equal, as text or as mathematics? What is longer than any answer, or has millions of digits, is only
-    compared as text."""
+    """Are the two equal, as text or as mathematics? Texts longer than any answer, and numbers with millions of digits,
+    are compared as text only."""
     if answer is None:
         return False
     if max(len(gold), len(answer)) > 300 or HUGE.search(gold + " " + answer):
@@ -741,13 +745,13 @@ def same_answer(gold: str, answer: str | None) -> bool:
         return False
     import math_verify
 
-    # Its own time limits are signals, which need the main thread: the worker's time limit is ours.
+    # Its own time limits are signals, which need the main thread. The pool of `workers` has a time limit of ours.
     parsed = [math_verify.parse(rf"\boxed{{{text}}}", parsing_timeout=None) for text in (gold, answer)]
     return math_verify.verify(*parsed, timeout_seconds=None, allow_set_relation_comp=True)  # x > 1 is (1, ∞)
 
 
 def _tidy(text: str) -> str:
-    """Without what a mathematician would not look at: a full stop, currency, units behind a number."""
+    """Remove a full stop, currency, and units behind a number."""
     text = re.sub(r"(?<!\\)[.,;]+$", "", text.strip())  # the comma of 18\, is a space
     text = PERCENT.sub(r"\%", WRAPPED.sub(r"\1", CURRENCY.sub("", text))).strip()
     unit = UNIT.fullmatch(text)
@@ -770,8 +774,9 @@ MORE = re.compile(
 
 
 @functools.cache
-def _load_file(path: str, written: int, name: str) -> object:
+def _load_file(path: str, written: int, name: str) -> Any:
     spec = importlib.util.spec_from_file_location("file_of_the_user", path)
+    assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return getattr(module, name, None)
@@ -810,17 +815,18 @@ def verify(
     seconds: float = 10.0,
     allowed: float | None = None,
 ) -> tuple[Array, dict[str, int]]:
-    """Rewards (M,) float32 of M completions, `rows[m]` being the data row of completion m, and counts of the verdicts
-    that could not be had, whose reward is 0: `errors` (an exception, a killed process) and `timeouts`.
+    """Rewards of the completions, float32, and counts of the verdicts that failed: `errors` (an exception, a killed
+    process) and `timeouts`. A verdict that failed is a reward of 0.
 
-    `exact` is computed here. Other rewards run in processes of their own, one completion at a time, so that one that
+    `exact` is computed here. Other rewards run in processes of their own, one completion at a time, so that a call that
     hangs or crashes costs one verdict.
 
     Args:
+        rows: the data row of each completion.
         seconds: time limit of a verdict.
         allowed: how many may fail.  [default: 1%, and one in any case]
     Raises:
-        BadInput: more failed, or the function returned another number of values, or one that is not finite.
+        BadInput: more failed, or the function did not return one finite number.
     """
     counts, last = {"errors": 0, "timeouts": 0}, "a timeout"
     allowed = max(1, 0.01 * len(rows)) if allowed is None else allowed
@@ -830,7 +836,7 @@ def verify(
     futures = [
         workers().schedule(_verdict, (reward, *task), timeout=seconds) for task in zip(rows, completions, strict=True)
     ]
-    for m, future in enumerate(tqdm(futures, desc="verify", unit="verdict", leave=False, delay=5, disable=None)):
+    for place, future in enumerate(tqdm(futures, desc="verify", unit="verdict", leave=False, delay=5, disable=None)):
         try:
             values = future.result()
         except Exception as error:  # whatever a reward function may raise; pebble's ProcessExpired where it died
@@ -838,14 +844,14 @@ def verify(
             last = last if isinstance(error, TimeoutError) else f"{type(error).__name__}: {error}"
             if sum(counts.values()) <= allowed:
                 continue
-            for left in futures[m + 1 :]:
+            for left in futures[place + 1 :]:
                 left.cancel()
-            said = f"{counts['errors']} errors, {counts['timeouts']} timeouts in {m + 1} of {len(rows)} verdicts"
+            said = f"{counts['errors']} errors, {counts['timeouts']} timeouts in {place + 1} of {len(rows)} verdicts"
             raise BadInput(f"reward {reward!r}: {said}, more than --max-errors; the last error was {last}") from None
         number = isinstance(values, Sequence) and len(values) == 1 and isinstance(values[0], int | float | np.number)
         wrong = f"reward {reward!r} returned {values!r:.80} for one completion, not a list of one finite number"
         require(bool(number and np.isfinite(values[0])), wrong)
-        verdicts[m] = values[0]
+        verdicts[place] = values[0]
     return verdicts, counts
 
 
@@ -860,7 +866,7 @@ def _verdict(reward: str, row: dict, text: str) -> list[float]:
 
 @functools.cache
 def workers() -> ProcessPool:
-    """Processes that compute verdicts, started once and kept; one that is stuck is killed and replaced."""
+    """Processes that compute verdicts, started once and kept. A process that hangs is killed and replaced."""
     from pebble import ProcessPool
 
     context = multiprocessing.get_context("forkserver")  # a plain fork would copy CUDA's state and threads' locks
@@ -872,7 +878,7 @@ def workers() -> ProcessPool:
 
 
 def _start_worker() -> None:
-    """Importing this module, and math-verify's grammar, takes seconds, which are not the first verdict's."""
+    """Import this module and math-verify's grammar, which takes seconds, before the first verdict's clock starts."""
     logging.getLogger("math_verify").setLevel("ERROR")  # it warns that its time limits are off
     same_answer("1", "2")
 
@@ -883,8 +889,8 @@ def _start_worker() -> None:
 
 @dataclass
 class Completion:
-    tokens: Array  # (C,) int32, the end token included
-    logps: Array  # (C,) float32, under the tempered policy that sampled it
+    tokens: Array  # (|τ|,) int32, the end token included
+    logps: Array  # (|τ|,) float32, under the tempered policy that sampled it
     truncated: bool
 
 
@@ -895,16 +901,16 @@ def attention(
     value: Tensor,
     mask: Tensor | None,
     segments: Sequence[Sequence[tuple[int, Tensor | None]]] = (),
-    **others,
+    **others: Any,
 ) -> tuple[Tensor, None]:
-    """sdpa's attention, (B, heads, W, d) -> (B, W, heads, d). Two things are different.
+    """sdpa's attention, (rows, heads, W, head size) -> (rows, W, heads, head size). Two things are different.
 
     On a CPU, heads that share keys and values read the same ones. transformers' own function copies them for each head
     where there is a mask, and sampling takes 1.7 times as long (bench/speed.py).
 
-    In train.py a row holds a prompt and its completions. The mask of a long one would have W² elements, most of them
-    empty. So the prompt attends to itself, then each completion to [the prompt; itself]: `segments` has for each row
-    their widths and masks, None for the prompt's, which is causal.
+    In train.py a row holds a prompt and its completions. The mask of a long row would have W² elements, most of them
+    empty. So the prompt attends to itself, then each completion to [the prompt; itself]: `segments` has their widths
+    and masks for each row. The prompt's mask is None: it is causal.
     """
     if segments:
         rows = []
@@ -971,28 +977,28 @@ class TransformersEngine:
         """
         groups: list[list[Completion]] = [[] for _ in prompts]
         for batch in pack([samples * (len(p) + max_tokens) for p in prompts], self.batch_tokens):
-            indices = [prompt_index[i] for i in batch]
+            indices = [prompt_index[n] for n in batch]
             uniforms = [np.random.default_rng([*seed, i]).random((samples, max_tokens), np.float32) for i in indices]
-            completions = self._generate([prompts[i] for i in batch], indices, np.stack(uniforms), temperature)
-            for j, i in enumerate(batch):
-                groups[i] = completions[j * samples : (j + 1) * samples]
+            completions = self._generate([prompts[n] for n in batch], indices, np.stack(uniforms), temperature)
+            for place, n in enumerate(batch):
+                groups[n] = completions[place * samples : (place + 1) * samples]
         return groups
 
     @torch.inference_mode()
     def _generate(
         self, prompts: list[Sequence[int]], prompt_index: list[int], uniforms: Array, temperature: float
     ) -> list[Completion]:
-        """One batch: P prompts, uniforms (P, K, C) in [0, 1), one for each token that may be sampled."""
+        """Sample one batch: N prompts, uniforms (N, K, max_tokens) in [0, 1), one for each token."""
         from transformers import DynamicCache
 
         device = self.model.device
         _, samples, max_tokens = uniforms.shape
-        random = torch.from_numpy(uniforms).to(device).flatten(0, 1)  # (P, K, C) -> (P*K, C)
-        ids, mask = pad_left(prompts, device)  # (P, L)
+        random = torch.from_numpy(uniforms).to(device).flatten(0, 1)  # (N, K, max_tokens) -> (N*K, max_tokens)
+        ids, mask = pad_left(prompts, device)  # (N, W)
         position, cache = (mask.cumsum(1) - 1).clamp(min=0), DynamicCache(config=self.model.config)
         inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": position, "past_key_values": cache}
-        logits = self.model(**inputs, use_cache=True, logits_to_keep=1).logits  # (P, 1, V): each prompt once ...
-        cache.batch_repeat_interleave(samples)  # ... for its K completions
+        logits = self.model(**inputs, use_cache=True, logits_to_keep=1).logits  # (N, 1, vocabulary): each prompt once
+        cache.batch_repeat_interleave(samples)  # and then K times
         logits, mask, position = (x.repeat_interleave(samples, 0) for x in (logits, mask, position[:, -1:] + 1))
         alive = torch.arange(len(random), device=device)  # row of each sequence that has not ended
         tokens = torch.zeros(random.shape, dtype=torch.int32, device=device)
@@ -1000,13 +1006,13 @@ class TransformersEngine:
         length = torch.full((len(random),), max_tokens, device=device)
         truncated = torch.ones(len(random), dtype=torch.bool, device=device)
         for t in range(max_tokens):
-            logp = torch.log_softmax(logits[:, -1].float() / temperature, -1)  # (A, V), A sequences alive
+            logp = torch.log_softmax(logits[:, -1].float() / temperature, -1)  # (alive, vocabulary)
             cdf = logp.exp().cumsum(-1)
             bad = alive[~torch.isfinite(cdf[:, -1])]
             if len(bad):
                 raise BadInput(f"logits are not finite at prompt {prompt_index[int(bad[0]) // samples]}")
             # The inverse of the cumulative distribution at a uniform number: an exact sample, whatever the batch.
-            token = torch.searchsorted(cdf, random[alive, t, None] * cdf[:, -1:], right=True)  # (A, 1)
+            token = torch.searchsorted(cdf, random[alive, t, None] * cdf[:, -1:], right=True)  # (alive, 1)
             tokens[alive, t] = token[:, 0].int()
             logps[alive, t] = logp.gather(1, token)[:, 0]
             ended = torch.isin(token[:, 0], self.end_tokens)
@@ -1065,7 +1071,7 @@ class VllmEngine:
             enforce_eager=not self.sleeps,  # no CUDA graphs to capture
             seed=seed,
         )
-        files = map(load_tensors, folder.glob("*.safetensors"))
+        files, self.proven = map(load_tensors, folder.glob("*.safetensors")), False
         self.exact = set().union(*(self.same(tensors.items()) for tensors in files))  # to compare after a sync
         self.wake(False)
 
@@ -1105,10 +1111,18 @@ class VllmEngine:
         (sums,) = self.llm.collective_rpc("compute_weight_checksums")
         sums = {name.rpartition(":")[2]: value for name, value in sums.items()}  # SHA-256
         rounded = ((name, w.detach().to("cpu", self.dtype, copy=True)) for name, w in weights if name in sums)
-        return {n for n, w in rounded if sums[n] == hashlib.sha256(w.flatten().view(torch.uint8).numpy()).hexdigest()}
+        held = ((name, w.flatten().view(torch.uint8).numpy().data) for name, w in rounded)
+        return {name for name, data in held if sums[name] == hashlib.sha256(data).hexdigest()}
 
     def generate(
-        self, prompts: Sequence, prompt_index: Sequence[int], *, samples: int, max_tokens: int, temperature: float, **_
+        self,
+        prompts: Sequence,
+        prompt_index: Sequence[int],
+        *,
+        samples: int,
+        max_tokens: int,
+        temperature: float,
+        **_: Any,
     ) -> list[list[Completion]]:
         """As that of TransformersEngine, but for `seed`: vLLM's samples are not repeatable."""
         from vllm import SamplingParams
@@ -1117,7 +1131,7 @@ class VllmEngine:
         options = {"n": samples, "temperature": temperature, "max_tokens": max_tokens, "top_p": 1.0, "top_k": -1}
         options |= {"detokenize": False, "logprobs": 0, "flat_logprobs": True}  # of the sampled tokens alone
         inputs = [{"prompt_token_ids": list(map(int, prompt))} for prompt in prompts]
-        groups = []
+        groups: list[list[Completion]] = []
         requests = self.llm.generate(inputs, SamplingParams(**options), use_tqdm=False)
         for i, request in zip(prompt_index, requests, strict=True):
             groups.append([])
@@ -1140,11 +1154,11 @@ class VllmEngine:
         """
         changes = []
         for m in np.linspace(0, trajectories.rewards.size - 1, 8).round().astype(int):
-            n, k = divmod(int(m), trajectories.samples)
-            prompt, span = trajectories.prompt(n), trajectories.span(n, k)
+            n, i = divmod(int(m), trajectories.samples)
+            prompt, span = trajectories.prompt(n), trajectories.span(n, i)
             ids = torch.from_numpy(np.concatenate([prompt, trajectories.tokens[span]]).astype(np.int64))
-            ids = ids.to(policy.device)[None]  # (1, L + C)
-            logits = policy(input_ids=ids[:, :-1], use_cache=False).logits[0, len(prompt) - 1 :]  # (C, V)
+            ids = ids.to(policy.device)[None]  # (1, W)
+            logits = policy(input_ids=ids[:, :-1], use_cache=False).logits[0, len(prompt) - 1 :]  # (|τ|, vocabulary)
             logps = torch.log_softmax(logits.float() / temperature, -1).gather(1, ids[0, len(prompt) :, None])[:, 0]
             changes.append(np.abs(trajectories.behavior_logps[span] - logps.cpu().numpy()))
         change, allowed = float(np.concatenate(changes).mean()), TOLERANCE[self.dtype]
@@ -1154,7 +1168,7 @@ class VllmEngine:
 
 
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.05}  # mean |Δ log-prob|; rounding alone: 1e-6 and 0.006 on the toy
-_vllm: dict[tuple, VllmEngine] = {}  # the process's engine, by what it cannot change
+_vllm: dict[tuple, VllmEngine] = {}  # the process's engine, by the settings that are fixed when it starts
 
 
 def pick_engine(engine: str) -> str:
@@ -1194,8 +1208,8 @@ def open_engine(
 
 
 def pack(sizes: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
-    """Cut groups of these sizes into batches of at most `batch_tokens` tokens, padding included, or of one group; like
-    sizes together."""
+    """Sort groups by size and fill batches of at most `batch_tokens` tokens, padding included. A larger group gets a
+    batch of its own."""
     batch: list[int] = []
     for i in sorted(range(len(sizes)), key=sizes.__getitem__):
         if batch and (len(batch) + 1) * sizes[i] > batch_tokens:
@@ -1207,7 +1221,7 @@ def pack(sizes: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
 
 
 def pad_left(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Token ids (B, L) and mask (B, L), int64, of sequences that all end in the last column."""
+    """Token ids (N, W) and mask (N, W), int64, of N sequences that all end in the last column."""
     ids = [torch.tensor(row, dtype=torch.long) for row in rows]
     pad = functools.partial(pad_sequence, batch_first=True, padding_side="left")
     return pad(ids).to(device), pad([torch.ones_like(row) for row in ids]).to(device)
@@ -1226,6 +1240,9 @@ class BadInput(Exception):
 def require(condition: bool, message: str) -> None:
     if not condition:
         raise BadInput(message)
+
+
+UsageError: Any = typer.BadParameter.__base__
 
 
 def above_zero(value: float | None) -> float | None:
@@ -1251,7 +1268,7 @@ def command_line(app: typer.Typer) -> None:
         sys.exit(ended.exit_code)
     except KeyboardInterrupt:
         message, code = f"interrupted; the same command resumes: {shlex.join(['python', *sys.argv])}", 130
-    except typer.BadParameter.__base__ as error:  # unknown and missing options, too
+    except UsageError as error:  # unknown and missing options, too
         message, code = f"error: {error.format_message()}", 2
     except BadInput as error:
         message, code = f"error: {error}", 2
@@ -1264,26 +1281,30 @@ def command_line(app: typer.Typer) -> None:
 
 
 # Types of options; typer takes a bare parameter without a default for an argument
-Given, GivenText = Annotated[Path, typer.Option()], Annotated[str, typer.Option()]
-Count, MaybeCount = Annotated[int, typer.Option(min=1)], Annotated[int | None, typer.Option(min=1)]
+Given = Annotated[Path, typer.Option()]
+GivenText = Annotated[str, typer.Option()]
+Count = Annotated[int, typer.Option(min=1)]
+MaybeCount = Annotated[int | None, typer.Option(min=1)]
 Natural = Annotated[int, typer.Option(min=0)]
 Positive = Annotated[float, typer.Option(callback=above_zero)]
 Weight = Annotated[float, typer.Option(min=0)]
 Share = Annotated[float, typer.Option(callback=above_zero, max=1)]
 Reward = Annotated[str, typer.Option(callback=known_reward)]
-Engine, Dtype = Literal["auto", "hf", "vllm"], Literal["auto", "float32", "bfloat16"]
+Engine = Literal["auto", "hf", "vllm"]
+Dtype = Literal["auto", "float32", "bfloat16"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Processes, started by torchrun or by cropi.py. Rank r of w makes the shards r, r+w, ..., and takes the prompts r, r+w,
-# ... of a training step. One process is rank 0 of 1. One that ends badly ends all: its launcher stops the others.
+# Processes, started by torchrun or by cropi.py. A process makes the shards RANK, RANK + WORLD, ... of a folder, and
+# takes the prompts RANK, RANK + WORLD, ... of a training step. One process alone is RANK 0 of WORLD 1. If a process
+# fails, its launcher stops the others.
 
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-HERE = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # processes on this machine; their ranks are next to each other
+HERE = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # processes on this machine; their ranks are consecutive
 
 
 def gather(value: object = None) -> list:
-    """What each process gives, in order of rank. All wait here for the last of them."""
+    """The values of all processes, in order of rank. All wait here for the last of them."""
     values = [value] * WORLD
     if WORLD > 1:
         if not dist.is_initialized():
@@ -1303,7 +1324,7 @@ def say(text: str) -> None:
 
 def progress(items: Iterable, label: str, unit: str, initial: int = 0, total: int | None = None) -> tqdm:
     """A progress bar over the items of this process, on a terminal."""
-    total = initial + len(items) if total is None else total
+    total = initial + len(items) if isinstance(items, Sized) else total
     off = True if RANK else None
     return tqdm(items, label, total, initial=initial, unit=unit, leave=False, disable=off)
 
@@ -1316,12 +1337,12 @@ def progress(items: Iterable, label: str, unit: str, initial: int = 0, total: in
 # A file's record is {recipe, facts, identity}. The recipe is everything that bears on the tensors; facts (seconds,
 # counts, versions) do not. The identity covers recipe and tensors, so a file that is made again is the same file.
 
-FORMAT = "cropi/7"  # raised whenever a formula's result changes
-# Results do not depend on these.
+FORMAT = "cropi/8"  # raised whenever a formula's result changes
+# Results do not depend on these, beyond rounding.
 FREE = {"out", "deterministic", "batch_tokens", "gpu_memory", "max_errors", "save_every", "shard", "shard_weights"}
 
 
-def digest(*parts: str | bytes) -> str:
+def digest(*parts: str | bytes | memoryview) -> str:
     sha = hashlib.sha256()
     for part in parts:
         sha.update(part.encode() if isinstance(part, str) else part)
@@ -1329,7 +1350,7 @@ def digest(*parts: str | bytes) -> str:
 
 
 def code_digest(script: str) -> str:
-    """Of a script's code, comments and docstrings aside."""
+    """Digest of a script's code, comments and docstrings aside."""
     tree = ast.parse(Path(script).read_text())
     for node in ast.walk(tree):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node):
@@ -1365,7 +1386,7 @@ def differences(made: object, now: object, name: str = "") -> list[str]:
 
 
 def facts(seconds: float, **others: object) -> dict:
-    """What is worth knowing of how a file was made and does not bear on it."""
+    """How a file was made: what is worth knowing and does not bear on its tensors."""
     name = torch.cuda.get_device_name() if device().type == "cuda" else device().type
     about = {"seconds": seconds, "device": name, "processes": WORLD, "threads": torch.get_num_threads()}
     return about | {"versions": VERSIONS} | others
@@ -1401,7 +1422,7 @@ def new_file(path: Path) -> Iterator[Path]:
 
 
 def flush(path: Path) -> None:
-    """To disk, a folder's entries too."""
+    """Flush a file, or a folder's entries, to disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -1431,7 +1452,7 @@ def peek(path: Path) -> dict:
     """The record of a file, or of a model folder that train.py wrote, without reading its tensors.
 
     Raises:
-        BadInput: not there, not one of our files, of another format, or damaged.
+        BadInput: missing, not one of our files, of another format, or damaged.
     """
     source = path / "cropi.json" if path.is_dir() else path
     require(source.is_file(), f"{source}: no such file")
@@ -1457,7 +1478,7 @@ def load(path: Path, kind: str) -> tuple[dict[str, Array], dict]:
     """The tensors of a file, and its record.
 
     Raises:
-        BadInput: as `peek`; or of another kind, or the tensors are not those that were written.
+        BadInput: as `peek`; or the file is of another kind, or its tensors have been changed.
     """
     record = peek(path)
     held = record["recipe"]["kind"]
@@ -1504,7 +1525,7 @@ def shards(folder: Path, kind: str) -> dict[Path, dict]:
     """The shards of a folder, in order, with their records.
 
     Raises:
-        BadInput: there is none, or not all; or they are of another kind, or do not belong together.
+        BadInput: some or all are missing; or they are of another kind, or do not belong together.
     """
     records = {path: peek(path) for path in sorted(folder.glob("[0-9]*.safetensors"))}
     require(bool(records), f"{folder}: no {kind} here (a folder of shards, 00000.safetensors ...)")
@@ -1522,17 +1543,17 @@ def shards(folder: Path, kind: str) -> dict[Path, dict]:
 
 def totals(*folders: Path) -> Counter:
     """Sums of the numbers among the facts of all shards: seconds, and the counts of trajectories."""
-    sums = Counter()
+    sums: Counter = Counter()
     for path in [path for folder in folders for path in folder.glob("[0-9]*.safetensors")]:
         sums.update({name: x for name, x in peek(path)["facts"].items() if isinstance(x, int | float)})
     return sums
 
 
 def check_out(out: Path) -> None:
-    """Before any work: can the folder `out` be written, or made?
+    """Check before any work that the folder `out` can be written, or made.
 
     Raises:
-        BadInput: no.
+        BadInput: it cannot.
     """
     parent = next(path for path in (out, *out.absolute().parents) if path.exists())
     try:
@@ -1549,16 +1570,16 @@ def _file_digest(path: Path, written: int) -> str:
 
 
 def file_digests(folder: Path) -> dict[str, str]:
-    """Of the files of a model folder, read once per process."""
+    """Digests of the files of a model folder, read once per process."""
     files = sorted(path for path in folder.glob("[!.]*") if path.is_file() and path.name != "cropi.json")
     return {path.name: _file_digest(path.resolve(), path.stat().st_mtime_ns) for path in files}
 
 
 def model_identity(folder: Path, check: bool = False) -> str:
-    """Of a model folder: from its record if train.py wrote it, else the digest of its files.
+    """Identity of a model folder: from its record if train.py wrote it, else the digest of its files.
 
     Raises:
-        BadInput: with `check`, if a file of a model that train.py wrote is not as it was written.
+        BadInput: with `check`, if a file of a model that train.py wrote has been changed.
     """
     if not (folder / "cropi.json").exists():
         return digest(json.dumps(file_digests(folder)))

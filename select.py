@@ -7,40 +7,47 @@
                      --out runs/mine/stage-01/selection.safetensors
 
 Reads   the sketches that `project.py` wrote for the training prompts and for V validation sets.
-Writes  the n chosen of the pool's N prompts, and the scores of all, NaN where there are none; beside it a CSV for
-        people, with a line for every prompt that has a score:
+Writes  the chosen of the pool's N prompts, and the scores of all, NaN where there are none; beside it a CSV for people,
+        with a line for every prompt that has a score:
 
-    ranked    int64   (n,)    the chosen rows of the data set, best first
+    ranked    int64   (top,)  the chosen rows of the data set, best first; fewer than `top` if no more can be chosen
     score     float64 (N,)    the selector's score, higher is better
     pass_rate float64 (N,)    mean reward of the stored trajectories
     cosine    float64 (N,V)   with each validation set
-    rank      int64   (N,V)   by this cosine among the live prompts, 1 is best, 0 marks a dead prompt
+    rank      int64   (N,V)   by this cosine among the live prompts, 1 is best, 0 marks a prompt that is not live
 
 The facts and a printed table hold `diagnostics`: how stale the trajectories are, how far two halves of them agree on
-the ranking, and what else it resembles; with a warning where it should not be trusted. (The halves of a group share the
-mean and the standard deviation of its rewards, so they are not quite independent.)
+the ranking, and which simpler rankings it resembles. A warning says if it should not be trusted. (The halves of a group
+share the mean and the standard deviation of its rewards, so they are not quite independent.)
 
-A step of size η along the gradient of x changes the validation objective by η⟨∇J_V, ∇J_x⟩ (1). So x is scored by
+J_x is the expected reward on prompt x, J_v its mean over validation set v. A small step of size η along ∇J_x changes
+J_v by η⟨∇J_v, ∇J_x⟩ (1), to first order. (This holds for a plain gradient step; training uses AdamW.) So x is scored by
 
-    s_V(x)   = cos( g̃(x), mean of g̃(v) over the live prompts v of V )                                         (4)
-    score(x) = Σ_V 1/rank_V(x)  over the sets in whose top n it stands,  n = frac·|D|                         (5)
+    cosine_v(x) = cos( g̃(x), mean of g̃ over the live prompts of v )                                           (4)
+    score(x)    = Σ_v 1/rank_v(x)  over the sets v with rank_v(x) <= top                                      (5)
 
-n = max(1, round(frac·|D|)), |D| = N being the whole pool. Only live prompts have a gradient; if fewer than n are live
-and point towards a set (deviation 4), all of these are chosen. (Dead validation prompts would only scale the mean.)
-Equal fused scores are ordered by mean cosine, then by index.
+and the `top` = max(1, round(frac·N)) best are chosen, N being the whole pool. Only live prompts have a gradient. If
+fewer than `top` are live and point towards a set (deviation 4), all of these are chosen. (Validation prompts that are
+not live would only scale the mean.) Equal fused scores are ordered by mean cosine, then by index.
 
 Deviations from the paper (and from its released code):
- 1. Equal fused scores are ordered by mean cosine (released: the first set's prompt).
- 2. n is rounded (released: rounded down), and counts over one pool (released: n of each training data set).
+ 1. Equal fused scores are ordered by mean cosine (released: the prompt of the first set comes first).
+ 2. `top` is rounded (released: rounded down), and counts over one pool (released: over each training data set).
  3. All live validation prompts count (released: at most 100).
- 4. A set's ranks count only where the cosine is positive (`--sign set`). The paper's rule is `any`: where fewer than n
-    prompts are live, it also takes those that point away from every set. On the toy the two are equal at the defaults,
-    0.82 in targeted accuracy; at frac = 0.5 `any` has 0.70, `set` 0.76. `mean`, of positive mean cosine: 0.81 and 0.78.
- 5. A validation set without a live prompt does not score: it is solved where its mean reward is at least 0.95, else
-    stuck. If that leaves no set, or no prompt, the curriculum ends.
+ 4. A rank counts only if the cosine is positive: `--sign set`. With `any`, the paper's rule, every rank counts. So if
+    fewer than `top` prompts are live, `any` also takes those that point away from every set. `mean` asks for a positive
+    mean cosine. Targeted accuracy on the toy (docs/results.md):
 
-A selector is a function of any of these parameters, by name; what it does not ask for is not computed. N is the whole
-pool; NaN stands for unknown, or not live:
+        frac    any    set   mean
+         0.1   0.82   0.82   0.81
+         0.5   0.70   0.76   0.78
+
+ 5. A validation set without a live prompt is not used for scoring: it is solved if its mean reward is at least 0.95,
+    else stuck. If no set is left, or no prompt can be chosen, the curriculum ends; in the first stage this is an error,
+    unless all sets are solved.
+
+A selector is a function of any of these parameters, by name. Files that none of its parameters needs are not made. N is
+the whole pool; NaN stands for unknown, or not live:
 
     rows      the N rows of the data     random    numpy's generator, seeded       frac, sign   the options
     stage     1, 2, ...                  previous  rows chosen in the stage before, best first, or None
@@ -57,8 +64,8 @@ SELECTORS below, or FILE.py:FUNCTION.
 from __future__ import annotations  # no annotation below is evaluated when this file is asked for as `select`
 
 if __name__ == "select":
-    # The standard library's `select` was asked for (by subprocess, asyncio, pytest ...), and this folder, standing
-    # first on sys.path, answered. Find the real one on a path without this folder, put it where the import looks.
+    # Python has imported this file by mistake. Someone asked for the standard library's `select` (subprocess, asyncio,
+    # pytest ...), and this folder comes first on sys.path. Find the real one on a path without this folder.
     import importlib.machinery
     import importlib.util
     import os
@@ -67,6 +74,7 @@ if __name__ == "select":
     _here = os.path.dirname(os.path.abspath(__file__))
     _path = [entry for entry in sys.path if os.path.abspath(entry or os.curdir) != _here]
     _spec = importlib.machinery.PathFinder.find_spec("select", _path)
+    assert _spec and _spec.loader
     _module = importlib.util.module_from_spec(_spec)
     _spec.loader.exec_module(_module)
     sys.modules["select"] = _module
@@ -78,7 +86,7 @@ else:
     from collections.abc import Callable
     from pathlib import Path
     from types import SimpleNamespace
-    from typing import Annotated, Literal
+    from typing import Annotated, Any, Literal
 
     import numpy as np
     import typer
@@ -86,13 +94,16 @@ else:
     import rollout
     from rollout import RANK, Array, BadInput, require
 
-# Where to warn. On the bundled world (bench/drift.py; K = 8, answers of up to 8 tokens) the second is crossed after
-# some 40 steps, the first after some 80. From there on the selection shares 0.45, then 0.34, later 0.27 of its prompts
-# with one from many fresh trajectories, where 8 fresh ones a prompt would share 0.57, 0.52, later 0.43.
+# Where to warn. On the bundled world (bench/drift.py; K = 8, answers of up to 8 tokens) a run crosses VALID_STALE after
+# some 40 steps and STALE after some 80. Share of prompts in common with a selection from many fresh trajectories:
+#
+#     after steps                        0      20      40      80     160
+#     selection from stored ones      0.68    0.57    0.45    0.34    0.27
+#     ... from 8 fresh ones a prompt  0.66    0.64    0.57    0.52    0.43
 STALE = 0.65  # effective sample size of trajectories
 VALID_STALE = 0.4  # ... of the worst validation set
 ALL_SOLVED = "all validation sets are solved"  # the one good reason to end a curriculum early
-SOLVED = 0.95  # mean reward of a validation set without a live prompt, from where on it is solved
+SOLVED = 0.95  # a validation set without a live prompt is solved from this mean reward on
 NOISY = 0.2  # split-half overlap of the top 10%: twice chance; the bundled world begins at 0.7 and falls to some 0.3
 
 
@@ -117,7 +128,7 @@ def ranks(scores: Array) -> Array:
 
 
 def reciprocal_rank_fusion(rank: Array, top: int) -> Array:
-    """Equation 5: Σ 1/rank over the sets where the rank is at most `top`: (N, V) -> (N,).
+    """Equation 5: Σ_v 1/rank_v over the sets where the rank is at most `top`: (N, V) -> (N,).
 
     >>> reciprocal_rank_fusion(np.array([[2, 1], [1, 3], [3, 2]]), top=2).tolist()  # 1/2 + 1/1, 1/1, 1/2
     [1.5, 1.0, 0.5]
@@ -126,19 +137,19 @@ def reciprocal_rank_fusion(rank: Array, top: int) -> Array:
 
 
 def top_count(frac: float, pool: int) -> int:
-    """n of equation 5."""
+    """`top` of equation 5."""
     return max(1, round(frac * pool))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The selectors
 
-CLOSE = 1e-9  # scores nearer than that are equal; ties are broken by adding less
+CLOSE = 1e-9  # scores closer than this are equal; ties are broken by adding a number below it
 
 
 def influence(cosine: Array, frac: float, sign: str) -> Array:
-    """Equations 4 and 5; ties by mean cosine. `sign` says which prompts may be chosen: any (the paper's), those with a
-    positive cosine with some set, which alone count for the set's ranks (set), or those with a positive mean (mean)."""
+    """Equation 5; ties by mean cosine. `sign` says which prompts may be chosen. any: all (the paper's). set: those with
+    a positive cosine with some set, and only ranks of positive cosines count. mean: those with a positive mean."""
     rank, mean = ranks(cosine), cosine.mean(1)
     rank, allowed = np.where((cosine > 0) | (sign != "set"), rank, len(rank) + 1), {"set": cosine.max(1), "mean": mean}
     fused = reciprocal_rank_fusion(rank, top_count(frac, len(cosine)))
@@ -170,7 +181,7 @@ def nearest_pass_rate(pass_rate: Array, random: np.random.Generator) -> Array:
 
 
 def learnability(pass_rate: Array, random: np.random.Generator) -> Array:
-    """The largest p(1-p), which is 1/4 - (p - 1/2)²: the order of the one above. The field knows both names."""
+    """The largest p(1-p), which is 1/4 - (p - 1/2)²: the same order as above, for rewards from 0 to 1."""
     return (pass_rate * (1 - pass_rate)).round(6) - CLOSE * random.random(len(pass_rate))
 
 
@@ -189,8 +200,8 @@ SELECTORS: dict[str, Callable[..., Array]] = {
     "learnability": learnability,
     "hardest": hardest,
 }
-# What a selector may ask for, and which files each needs: the data; trajectories as well; gradients of the pool as
-# well; gradients of the validation sets as well.
+# The parameters of a selector, and the files that each needs. Each level needs those before it, too: the data, the
+# pool's trajectories, the pool's gradients, the validation sets' trajectories and gradients.
 DATA, TRAJECTORIES, GRADIENTS, VALIDATION = range(4)
 NEEDS = dict.fromkeys(("rows", "random", "stage", "previous", "frac", "sign"), DATA)
 NEEDS |= dict.fromkeys(("pass_rate", "length", "truncated"), TRAJECTORIES)
@@ -210,7 +221,7 @@ def asks_for(selector: str) -> set[str]:
 
 
 def needs(selector: str) -> int:
-    """Which files a selector takes: the largest of its parameters' NEEDS."""
+    """The files that a selector needs: the largest of its parameters' NEEDS."""
     return max((NEEDS[name] for name in asks_for(selector)), default=DATA)
 
 
@@ -221,7 +232,7 @@ def known_selector(selector: str) -> str:
 
 
 def scores_of(selector: str, known: dict) -> Array:
-    """Call a selector with what it asks for: scores (N,).
+    """Call a selector with the arguments that it asks for: scores (N,).
 
     Raises:
         BadInput: it raises, or returns something else than N numbers.
@@ -237,43 +248,46 @@ def scores_of(selector: str, known: dict) -> Array:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What the selectors see
+# The arguments of the selectors
 
 
 def spread(values: Array, rows: Array, count: int) -> Array:
-    """Put values (n, ...) of some rows of the data into a table of all: (N, ...), NaN elsewhere."""
-    table = np.full((count, *values.shape[1:]), np.nan)
-    table[rows] = values
-    return table
+    """Put the values of some rows of the data into a table of all `count` rows: (N, ...), NaN elsewhere."""
+    everything = np.full((count, *values.shape[1:]), np.nan)
+    everything[rows] = values
+    return everything
 
 
-def join(tables: list[dict[str, Array]]) -> dict[str, Array]:
+def join(parts: list[dict[str, Array]]) -> dict[str, Array]:
     """Tables with the same columns, one below the other."""
-    return {name: np.concatenate([table[name] for table in tables]) for name in tables[0]}
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
 def of_trajectories(folder: Path, count: int) -> dict[str, Array]:
     """pass_rate, length, truncated: means over the stored trajectories of each of N prompts, (N,) each."""
     columns = {"pass_rate": "rewards", "length": "length", "truncated": "truncated"}
-    tables = []
+    parts = []
     for path in rollout.shards(folder, "trajectories"):
         stored, _ = rollout.load(path, "trajectories")
         means = {name: stored[of].mean(1, where=stored["length"] > 0) for name, of in columns.items()}
-        tables.append(means | {"prompt_index": stored["prompt_index"]})
-    table = join(tables)
-    return {name: spread(table[name], table["prompt_index"], count) for name in columns}
+        parts.append(means | {"prompt_index": stored["prompt_index"]})
+    joined = join(parts)
+    return {name: spread(joined[name], joined["prompt_index"], count) for name in columns}
 
 
-def read_gradients(folder: Path, directions: Array = ()) -> tuple[dict[str, Array], Array, Array]:
-    """Of a set's live prompts, shard by shard, since the sketches of many do not fit into memory: the columns, with
-    cosine and inner (N,V) for directions (V, k); the mean of the sketches (k,); those of both halves, (2, H, k)."""
-    columns, halves, total = [], [], 0.0
+def read_gradients(folder: Path, directions: Array | None = None) -> tuple[dict[str, Array], Array, Array]:
+    """Read a set's gradients shard by shard, since the sketches of many prompts do not fit into memory.
+
+    Returns the columns, one row for each live prompt, with cosine and inner (rows, V) for directions (V, k); the mean
+    of the sketches (k,); and the sketches of both halves, (2, Q, k).
+    """
+    columns, halves, total = [], [], np.zeros(())
     for path in rollout.shards(folder, "gradients"):
         tensors, _ = rollout.load(path, "gradients")
         halves.append(halves_of(tensors))
-        sketch = tensors.pop("sketch").astype(np.float64)  # (n, k)
+        sketch = tensors.pop("sketch").astype(np.float64)  # (live prompts of the shard, k)
         total = total + sketch.sum(0)
-        if len(directions):
+        if directions is not None and len(directions):
             tensors |= {"cosine": cosines(sketch, directions), "inner": sketch @ directions.T}
         columns.append({name: values for name, values in tensors.items() if not name.startswith("half_")})
     columns = join(columns)
@@ -281,25 +295,25 @@ def read_gradients(folder: Path, directions: Array = ()) -> tuple[dict[str, Arra
 
 
 def of_gradients(gradients: Path, valid_gradients: dict[str, Path], count: int) -> tuple[dict[str, Array], dict]:
-    """cosine, inner (N,V) and grad_norm (N,) of the pool's N prompts, V being the validation sets with a live prompt;
-    and the diagnostics that sketches allow."""
+    """cosine, inner (N,V) and grad_norm (N,) of the pool's N prompts, V being the number of validation sets with a live
+    prompt; and the diagnostics that are computed from sketches."""
     sets = [read_gradients(folder) for folder in valid_gradients.values()]
     valid, directions = [columns for columns, _, _ in sets], np.array([mean for _, mean, _ in sets])  # (4)
     valid_halves = np.array([halves.sum(1) for _, _, halves in sets])
     pool, _, (first, second) = read_gradients(gradients, directions)
-    diagnostics = {"live_prompts": len(pool["prompt_index"])}
+    diagnostics: dict[str, float] = {"live_prompts": len(pool["prompt_index"])}
     for name in STALENESS if diagnostics["live_prompts"] else ():
-        mean, worst = np.max if name == "largest_change" else np.mean, min if name.startswith("ess") else max
-        diagnostics[name] = float(mean(pool[name]))
+        summary, worst = np.max if name == "largest_change" else np.mean, min if name.startswith("ess") else max
+        diagnostics[name] = float(summary(pool[name]))
         if valid:
-            diagnostics[f"valid_{name}"] = float(worst(mean(tensors[name]) for tensors in valid))
+            diagnostics[f"valid_{name}"] = float(worst(summary(tensors[name]) for tensors in valid))
     diagnostics |= split_half((first + second) / 2, first, valid_halves)
     names = ("grad_norm", "cosine", "inner") if valid else ("grad_norm",)
     return {name: spread(pool[name], pool["prompt_index"], count) for name in names}, diagnostics
 
 
-def why_silent(folder: Path) -> str:
-    """Why a set has no live prompt, and what helps; empty if it has one."""
+def why_not_live(folder: Path) -> str:
+    """Say why a set has no live prompt, and what helps; empty if it has one."""
     sums = rollout.totals(folder)
     if sums["live"]:
         return ""
@@ -310,7 +324,7 @@ def why_silent(folder: Path) -> str:
 
 
 def halves_of(tensors: dict[str, Array]) -> tuple[Array, Array]:
-    """Sketches (H, k) from either half of the trajectories, of the prompts of a shard that have halves."""
+    """Sketches (Q, k) from each half of the trajectories, for the Q prompts of a shard that have halves."""
     first, halved = tensors["half_sketch"].astype(np.float64), np.isin(tensors["prompt_index"], tensors["half_index"])
     return first, 2 * tensors["sketch"][halved] - first
 
@@ -319,7 +333,7 @@ STALENESS = ("token_kl", "mean_change", "largest_change", "ess_token", "ess_traj
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Diagnostics: is the ranking more than noise, and what else does it resemble?
+# Diagnostics: is the ranking more than noise, and which simpler ranking does it resemble?
 
 
 def overlap(one: Array, other: Array) -> float:
@@ -338,33 +352,34 @@ def top_overlap(one: Array, other: Array, share: float = 0.1) -> float:
 
 
 def split_half(sketch: Array, first: Array, valid_halves: Array) -> dict[str, float]:
-    """Agreement of two rankings from separate halves of the trajectories: of H training prompts, whose sketches are
-    `sketch` (H, k) and, from the first half, `first` (H, k); and of the V validation sets, `valid_halves` (V, 2, k).
+    """Agreement of two rankings from separate halves of the trajectories. `sketch` (Q, k) holds the sketches of Q
+    training prompts, `first` (Q, k) those from the first half, `valid_halves` (V, 2, k) those of the validation sets.
 
-    `noise` is the standard deviation of a cosine over draws of the trajectories, its root mean square over the prompts.
-    With the halves written as g ± e and d ± f, the error of ⟨g,d⟩/(‖g‖‖d‖) is, to first order in e and f,
-    (⟨e,d⟩ + ⟨g,f⟩)/(‖g‖‖d‖) - cos (⟨e,g⟩/‖g‖² + ⟨f,d⟩/‖d‖²): what lies along g or d changes the length alone.
+    `noise` estimates the standard deviation of a cosine over draws of the trajectories; root mean square over prompts.
+    With the halves of a training prompt written as g ± e, and those of a validation set as b ± f, the error of
+    ⟨g,b⟩/(‖g‖‖b‖) is, to first order in e and f,
+    (⟨e,b⟩ + ⟨g,f⟩)/(‖g‖‖b‖) - cos (⟨e,g⟩/‖g‖² + ⟨f,b⟩/‖b‖²): an error along g or b changes only the length.
     """
     if len(first) < 20 or not len(valid_halves) or not valid_halves.any(2).all():
         return {}
     direction = valid_halves.mean(1)  # (V, k)
     e, f = first - sketch, valid_halves[:, 0] - direction
-    lengths = np.maximum(np.linalg.norm(sketch, axis=1, keepdims=True), 1e-30)  # (H, 1)
+    lengths = np.maximum(np.linalg.norm(sketch, axis=1, keepdims=True), 1e-30)  # (Q, 1)
     widths = np.maximum(np.linalg.norm(direction, axis=1), 1e-30)  # (V,)
-    along = (e * sketch).sum(1)[:, None] / lengths**2 + (f * direction).sum(1) / widths**2  # (H, V)
+    along = (e * sketch).sum(1)[:, None] / lengths**2 + (f * direction).sum(1) / widths**2  # (Q, V)
     error = (e @ direction.T + sketch @ f.T) / (lengths * widths) - cosines(sketch, direction) * along
     rankings = cosines(first, valid_halves[:, 0]), cosines(sketch - e, valid_halves[:, 1])
     return {"split_half": top_overlap(*rankings), "noise": float(np.sqrt((error**2).mean(0)).mean())}
 
 
 def margin(cosine: Array, top: int) -> dict[str, float]:
-    """By how much the cosine (N, V) of rank `top` exceeds the next one, mean over the sets; empty if all are chosen."""
+    """How far the cosine (N, V) of rank `top` is above the next one, mean over the sets; empty if all are chosen."""
     gaps = -np.diff(-np.sort(-cosine, axis=0), axis=0)[top - 1 : top]  # (1, V)
     return {"margin": float(gaps.mean())} if len(gaps) else {}
 
 
 def resemblance(chosen: Array, known: dict) -> dict[str, float]:
-    """What else the choice looks like: one by p(1-p), one by the length of the answers."""
+    """Does the choice look like one by p(1-p), p being the pass rate, or by the length of the answers?"""
     learnable = np.argsort(-learnability(known["pass_rate"], known["random"]), kind="stable")[: len(chosen)]
     diagnostics = {"overlap_learnability": overlap(chosen, learnable)}
     cosine, length = known["cosine"].mean(1), known["length"]
@@ -377,16 +392,16 @@ def resemblance(chosen: Array, known: dict) -> dict[str, float]:
 MEANINGS = {
     "live_prompts": "whose rewards differ",
     "samplers": "policies that sampled the groups, more than one where failures were retried",
-    "token_kl": "KL(β‖π) per token; on the right, of the worst validation set",
+    "token_kl": "KL(β‖π_θ) per token; right column: the worst validation set",
     "mean_change": "of a token's log-prob",
     "largest_change": "the largest of these",
     "ess_token": "effective sample size of tokens, 1 while θ is β",
     "ess_trajectory": "the same of trajectories",
     "split_half": "agreement on the top 10% between two halves of the trajectories; chance is 0.10",
-    "margin": "of the cosine at the cut",
+    "margin": "cosine of rank `top` less that of the next, mean over the sets",
     "noise": "standard deviation of a cosine",
     "overlap_previous": "with what the stage before chose",
-    "overlap_learnability": "with what p(1-p) would choose",
+    "overlap_learnability": "with what p(1-p) would choose, p being the pass rate",
     "length_correlation": "of the cosine with the length of the answers",
 }
 
@@ -401,8 +416,8 @@ def table(diagnostics: dict[str, float]) -> str:
 
 
 def warnings(diagnostics: dict[str, float]) -> list[str]:
-    """In plain words, where the ranking is not to be trusted. What old trajectories lack most are the prompts that the
-    policy has come to solve (bench/why.py): where failures were retried, their age alone is no reason to warn."""
+    """Say in plain words where the ranking should not be trusted. Old trajectories mostly lack the prompts that the
+    policy has learned to solve since (bench/why.py). So where failures were retried, age alone is no reason to warn."""
     retried = diagnostics.get("samplers", 1) > 1
     ways = "sample failures anew (cropi.py run --retry-failed 4), or all (--refresh-every 1)"
     stale = f"the policy has moved away from the stored trajectories; {ways}"
@@ -447,7 +462,7 @@ def select(
         selector: influence, inner, grad-norm, full, random, pass-rate, learnability, hardest, or FILE.py:FUNCTION.
         frac: Share of the pool to choose.
         sign: Choose any, with a positive cosine with a set, or with a positive mean cosine.
-        previous: Selection of the stage before, to compare with.
+        previous: Selection of the stage before, for a comparison.
         stage: Number of the stage, for selectors that ask for it.
     """
     o, beside, before = SimpleNamespace(**locals()), out.with_suffix(".csv"), None
@@ -456,16 +471,17 @@ def select(
     rows = rollout.load_prompts(data, limit, prompt_column, answer_column, skip_bad_rows)
     files = needs(selector)
     o.valid_gradients = valid_gradients = valid_gradients if files == VALIDATION else []
-    inputs = dict.fromkeys(("trajectories", "gradients", "valid_gradients", "model", "previous"))
+    inputs: dict[str, Any] = dict.fromkeys(("trajectories", "gradients", "valid_gradients", "model", "previous"))
     inputs["data"] = rows.digest
     if files >= TRAJECTORIES:
-        require(trajectories is not None, f"{selector} needs --trajectories, which rollout.py wrote for {data}")
+        if trajectories is None:
+            raise BadInput(f"{selector} needs --trajectories, which rollout.py wrote for {data}")
         inputs["trajectories"], recipe = identities(trajectories, "trajectories")
         of_data = recipe["inputs"]["data"] == rows.digest
         require(of_data, f"{trajectories} was made from other data than --data; run rollout.py again")
     if files >= GRADIENTS:
-        enough = gradients and (valid_gradients or files < VALIDATION)
-        require(bool(enough), f"{selector} needs --gradients and at least one --valid-gradients")
+        if gradients is None or not (valid_gradients or files < VALIDATION):
+            raise BadInput(f"{selector} needs --gradients and at least one --valid-gradients")
         inputs |= check_gradients(gradients, valid_gradients, inputs["trajectories"])
     if previous:
         tensors, record = rollout.load(previous, "selection")
@@ -485,7 +501,7 @@ def select(
 
 
 def identities(folder: Path, kind: str) -> tuple[list[str], dict]:
-    """Of the shards of a folder; and the first one's recipe."""
+    """Identities of the shards of a folder; and the recipe of the first one."""
     records = list(rollout.shards(folder, kind).values())
     return [record["identity"] for record in records], records[0]["recipe"]
 
@@ -494,7 +510,7 @@ def check_gradients(gradients: Path, valid_gradients: list[Path], trajectories: 
     """The gradients' part of the recipe: identities.
 
     Raises:
-        BadInput: they are not those of the pool's trajectories (identities), or cannot be compared with each other.
+        BadInput: they are not gradients of the pool's trajectories (identities), or cannot be compared with each other.
     """
     made_from = [r["recipe"]["shard"]["trajectories"] for r in rollout.shards(gradients, "gradients").values()]
     others = f"{gradients} was made from other trajectories than those given; run project.py again"
@@ -519,28 +535,29 @@ def choose(o: SimpleNamespace, recipe: dict, known: dict) -> None:
     Raises:
         BadInput: nothing can be chosen in the first stage, unless all validation sets are solved.
     """
-    clock, count, diagnostics, silent = time.perf_counter(), len(known["rows"]), {}, {}
+    clock, count, without_live = time.perf_counter(), len(known["rows"]), {}
+    diagnostics: dict[str, float] = {}
     if recipe["inputs"]["trajectories"]:
         known |= of_trajectories(o.trajectories, count)
     valid = dict(zip(recipe["inputs"]["valid_gradients"] or (), o.valid_gradients, strict=True))
     if recipe["inputs"]["gradients"]:
-        silent = {name: why for name, folder in valid.items() if (why := why_silent(folder))}
-        valid = {name: folder for name, folder in valid.items() if name not in silent}
+        without_live = {name: why for name, folder in valid.items() if (why := why_not_live(folder))}
+        valid = {name: folder for name, folder in valid.items() if name not in without_live}
         columns, diagnostics = of_gradients(o.gradients, valid, count)
         known |= columns
         sampled = identities(o.trajectories, "trajectories")[1]["inputs"]
         diagnostics["samplers"] = len({sampled["model"], *(sampled["retry"] or ())})
-        for name, why in silent.items():
+        for name, why in without_live.items():
             rollout.say(f"validation set {name} does not score in this stage; {why}")
-    mute = silent and not valid
-    score = np.full(count, np.nan) if mute else scores_of(o.selector, known)
+    no_set_left = without_live and not valid
+    score = np.full(count, np.nan) if no_set_left else scores_of(o.selector, known)
     top = count if o.selector == "full" else top_count(o.frac, count)
     ranked = np.argsort(-score, kind="stable")[: min(top, np.count_nonzero(~np.isnan(score)))]  # NaN comes last
-    solved = mute and all(why.startswith("solved") for why in silent.values())
+    solved = no_set_left and all(why.startswith("solved") for why in without_live.values())
     ended = "" if len(ranked) else ALL_SOLVED if solved else f"{o.selector} can choose no prompt"
     if ended and not solved:
-        why = why_silent(o.trajectories) if o.trajectories else ""
-        ended = "; ".join([ended, *([f"{o.trajectories} is {why}"] if why else []), *silent.values()])
+        why = why_not_live(o.trajectories) if o.trajectories else ""
+        ended = "; ".join([ended, *([f"{o.trajectories} is {why}"] if why else []), *without_live.values()])
         require(o.stage > 1, ended)
     tensors = {"ranked": ranked, "score": score, "pass_rate": known["pass_rate"]}
     if known["previous"] is not None and len(ranked):
@@ -561,11 +578,12 @@ def write_csv(path: Path, rows: rollout.Prompts) -> None:
     tensors, record = rollout.load(path, "selection")
     score, chosen = tensors["score"], tensors["ranked"]
     order = np.argsort(-score, kind="stable")[: np.count_nonzero(~np.isnan(score))]
-    table = {"place": 1 + np.arange(len(order)), "chosen": np.isin(order, chosen).astype(int), "prompt_index": order}
+    table: dict[str, Any] = {"place": 1 + np.arange(len(order))}
+    table |= {"chosen": np.isin(order, chosen).astype(int), "prompt_index": order}
     table |= {"pass_rate": tensors["pass_rate"][order].round(3), "score": score[order].round(5)}
     for v, name in enumerate(record["facts"]["valid"] if "cosine" in tensors else ()):
         table |= {f"cosine_{name}": tensors["cosine"][order, v].round(4), f"rank_{name}": tensors["rank"][order, v]}
-    table |= {column: [rows[i][column] for i in order] for column in ("prompt", "answer")}
+    table |= {column: [rows[n][column] for n in order] for column in ("prompt", "answer")}
     with rollout.new_file(path.with_suffix(".csv")) as temporary, open(temporary, "w", newline="") as file:
         csv.writer(file).writerows([list(table), *zip(*table.values(), strict=True)])
 

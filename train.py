@@ -11,39 +11,42 @@ Writes  into the folder --out:
     completions.jsonl        for people: of each step the best and the worst completion of a prompt
     checkpoint/STEPS/        every --save-every seconds, until the model is there: weights, moments, lines so far
 
-A step samples K completions for a batch of P prompts and ascends
+A step samples K completions for each of B prompts and ascends
 
-    J = 1/(PK) Σ_x Σ_k 1/ℓ_k Σ_t [ min(ρ_kt Â_k, clip(ρ_kt, 1-ε, 1+ε) Â_k) - c_KL k3_kt + c_H H_kt ]       (6)
+    J = 1/(BK) Σ_x Σ_i 1/ℓ_i Σ_t [ min(ρ_it Â_i, clip(ρ_it, 1-ε, 1+ε) Â_i) - c_KL KL_it + c_E E_it ]       (6)
 
-    ℓ_k   = |τ_k|, the paper's; `--loss` has others. 1+ε is another bound with `--clip-high`
-    Â_k   = (R_k - mean R) / (std R + 1e-6)       over the K completions of the prompt; std divides by K - 1
-    ρ_kt  = π_θ(a_kt|h_kt) / π_sampling(a_kt|h_kt)
-    k3_kt = q - log q - 1 with q = π_initial(a_kt|h_kt) / π_θ(a_kt|h_kt)
-    H_kt  = entropy of π_θ(.|h_kt)
+    x     one of the step's B prompts; τ_i one of its K completions; a_it one of its |τ_i| tokens, after history h_it
+    ℓ_i   = |τ_i|, the paper's; `--loss` has others
+    Â_i   = (R_i - mean R) / (std R + 1e-6)       over the K completions of the prompt; std divides by K - 1
+    ρ_it  = π_θ(a_it|h_it) / β(a_it|h_it), β being the policy that sampled this step;  ε is `--clip`, or `--clip-high`
+    KL_it = u - log u - 1 with u = π_θ0(a_it|h_it) / π_θ(a_it|h_it), Schulman's estimate known as k3;  c_KL is `--kl`
+    E_it  = entropy of π_θ(.|h_it);  c_E is `--entropy`
 
-Completions come from the policy itself, or from vLLM (`--engine`), which takes over its weights after every step; then
-its log-probs are compared with the policy's, and a difference stops the run. Weights are float32; where --dtype says
-bfloat16, as on CUDA, matrix products are autocast.
+Completions come from the policy itself, or from vLLM (`--engine`), which takes over the policy's weights after every
+step. Then its log-probs are compared with the policy's, and a difference stops the run. Weights are float32; with
+`--dtype bfloat16`, the default on CUDA, matrix products are autocast.
 
-The first term is the one whose gradient `project.py` takes prompt by prompt, without clipping: what is ranked is what
-is ascended. For ablations, `--loss` says what a token weighs, here and there:
+`project.py` takes the gradient of the first term prompt by prompt, without clipping. So prompts are ranked by the
+gradient that training follows. For ablations, `--loss` sets the weight of a token, here and there:
 
-    grpo     ℓ_k = |τ_k|: every completion weighs the same
-    dapo     ℓ_k = the mean |τ| of the step's completions: every token weighs the same (Yu et al., 2503.14476)
-    dr_grpo  ℓ_k = --max-tokens, and Â_k = R_k - mean R: lengths and spreads change no weight (Liu et al., 2503.20783)
+    grpo     ℓ_i = |τ_i|: every completion weighs the same
+    dapo     ℓ_i = the mean |τ| of the step's completions: every token weighs the same (Yu et al., 2503.14476)
+    dr_grpo  ℓ_i = --max-tokens, and Â_i = R_i - mean R: a token's weight depends neither on the completion's length nor
+             on the standard deviation of the rewards (Liu et al., 2503.20783)
 
 Deviations from the paper's RL stage (and from the released code, whose RL is verl's):
  1. Groups whose rewards are all equal cost no forward pass. Their policy gradient is exactly 0; their KL and entropy
-    terms are left out. They still count in the mean 1/(PK).
+    terms are left out. They still count in the mean 1/(BK).
  2. The prompts of a step are drawn from the selection without replacement, anew at each step (no epochs).
  3. Toy defaults: 64 prompts a step (paper: 128), learning rate 5e-5 (paper: 1e-6, for a 1.5B model), 40 steps a stage
     (released code: 10; at equal steps 40 are as accurate here, and scoring is paid less often: docs/results.md).
  4. The KL term's reference is θ_0 in every stage (released: the first policy of each stage).
  5. The loss averages over the tokens of a sequence, then over sequences (released: over all tokens of a batch; on the
-    toy the two gradients have a cosine of 0.97). There, what is ranked is not quite what is ascended.
- 6. AdamW's moments go on from stage to stage (released: a fresh process each); its weight decay is 0 (verl: 0.01).
+    toy the two gradients have a cosine of 0.97). So the released code ranks by another gradient than it trains with.
+ 6. AdamW's moments are kept between stages (released: reset); its weight decay is 0 (verl: 0.01).
  7. Weights are float32 (released: bfloat16).
  8. The standard deviation of Â has 1e-6 added, here and in project.py (released influence code: 1e-4).
+ 9. Ratios use the log-probs that the sampling engine reported (verl recomputes them with the trainer).
 """
 
 from __future__ import annotations
@@ -54,12 +57,12 @@ import os
 import shutil
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
 import torch
@@ -82,30 +85,29 @@ app = typer.Typer(**rollout.PLAIN)
 # ---------------------------------------------------------------------------------------------------------------------
 # The formulas
 
-LOSSES = ("grpo", "dapo", "dr_grpo")
+LossName = Literal["grpo", "dapo", "dr_grpo"]
 
 
 @dataclass(frozen=True)
 class Loss:
-    """What a token weighs in the objective (6), and in the gradient of project.py (2).
+    """The weight of a token in the objective (6), and in the gradient of project.py (2).
 
     Args:
-        name: one of LOSSES.
         length: ℓ of dapo and dr_grpo.
-        mask_truncated: truncated completions weigh nothing, and add no token to dapo's mean length; their rewards stay
-            in the others' Â.
+        mask_truncated: truncated completions have weight 0, and their tokens do not count in dapo's mean length; their
+            rewards stay in the Â of the others.
     """
 
-    name: str = "grpo"
+    name: LossName = "grpo"
     length: float = 1.0
     mask_truncated: bool = False
 
     def weights(self, length: Array, truncated: Array, samples: Array | int) -> Array:
-        """1/(Kℓ_k) for the tokens of trajectories of these lengths, in an array of the same shape."""
+        """1/(Kℓ_i) for the tokens of trajectories of these lengths, in an array of the same shape."""
         return (1 - truncated * self.mask_truncated) / (samples * (length if self.name == "grpo" else self.length))
 
     def advantages(self, rewards: Array) -> Tensor:
-        """Â_k: (P, K) -> (P, K)."""
+        """Â_i: (N, K) -> (N, K)."""
         return rollout.group_advantages(torch.from_numpy(rewards), scale=self.name != "dr_grpo")
 
 
@@ -116,30 +118,30 @@ def policy_objective(
 
     Args:
         logps, behavior_logps: (T,) log-probs of the tokens under π_θ and under the policy that sampled them.
-        advantages: (T,) Â_k of the trajectory that a token belongs to.
-        clip_high: ε of the upper bound, if it is another.
+        advantages: (T,) Â_i of the trajectory that a token belongs to.
+        clip_high: ε of the upper bound.  [default: clip]
     """
     ratio = torch.exp(logps - behavior_logps)
     return torch.minimum(ratio * advantages, ratio.clamp(1 - clip, 1 + (clip_high or clip)) * advantages)
 
 
 def k3_kl(logps: Tensor, initial_logps: Tensor) -> Tensor:
-    """Schulman's low-variance estimate of KL(π_θ ‖ π_initial) per token: q - log q - 1 >= 0, q = π_initial / π_θ."""
-    log_q = initial_logps - logps
-    return torch.exp(log_q) - log_q - 1
+    """Schulman's low-variance estimate of KL(π_θ ‖ π_θ0) per token: u - log u - 1 >= 0, with u = π_θ0 / π_θ."""
+    log_u = initial_logps - logps
+    return torch.exp(log_u) - log_u - 1
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # From trajectories to log-probs
 
-Piece = tuple[int, Sequence[int]]  # a prompt n, and those of its K trajectories that are computed together
+Piece = tuple[int, Sequence[int] | Array]  # a prompt n, and those of its K trajectories i that are computed together
 
 
 @dataclass
 class Batch:
-    """P pieces, one to a row of W tokens, padded on the right: a prompt and its completions, one after another, each
-    without its last token, which predicts nothing. A token sees the prompt and its own completion alone, so a prompt is
-    computed once for all of them. The T tokens to predict stand as they are stored."""
+    """P pieces, one to a row of W tokens, padded on the right. A row holds a prompt and some of its completions, one
+    after another. Completions do not see each other, so the prompt is computed once for all of them. The last token of
+    a completion predicts nothing, so it is no input. The T tokens to predict are in the order of the rows."""
 
     prompt_index: list[int]  # P
     ids: Tensor  # (P, W)
@@ -147,39 +149,40 @@ class Batch:
     segment: Tensor  # (P, W) 0 in the prompt, a number of its own in each completion, -1 at padding
     target: Tensor  # (P, C) the tokens to predict
     source: Tensor  # (P, C) the column of the token before it
-    valid: Tensor  # (P, C) False at padding; the T tokens stand as they are stored
+    valid: Tensor  # (P, C) False at padding; T of them are True
     behavior_logps: Tensor  # (T,)
-    advantages: Tensor  # (T,) Â_k of its trajectory
-    weight: Tensor  # (T,) 1/(Kℓ_k), K being the size of the whole group
-    length: list[int]  # |τ| of each trajectory; T in all
-    stored: Array  # (T,) where the tokens stand among those of all trajectories
+    advantages: Tensor  # (T,) Â_i of its trajectory
+    weight: Tensor  # (T,) 1/(Kℓ_i), K being the size of the whole group
+    length: list[int]  # |τ_i| of each trajectory; T in all
+    stored: Array  # (T,) place of the token among those of all trajectories
 
 
 def collate(trajectories: Trajectories, pieces: Sequence[Piece], device: torch.device, loss: Loss = Loss()) -> Batch:
     """Lay the pieces out in rows. A trajectory's advantage is that in its whole group, whatever the piece."""
     groups, samples = [n for n, _ in pieces], trajectories.samples
-    m = np.concatenate([n * samples + np.asarray(ks) for n, ks in pieces])  # (S,) the trajectories, n*K + k
-    piece = np.repeat(np.arange(len(pieces)), [len(ks) for _, ks in pieces])  # (S,) the row of each
+    m = np.concatenate([n * samples + np.asarray(part) for n, part in pieces])  # (S,) the trajectories, n*K + i
+    piece = np.repeat(np.arange(len(pieces)), [len(part) for _, part in pieces])  # (S,) the row of each
     length, sizes = trajectories.length.flatten()[m], trajectories.sizes[groups][piece]  # (S,), K of its group
     fed = length - 1  # (S,) all tokens but the last are inputs
     ahead = np.cumsum(fed) - fed  # (S,) inputs of the trajectories before it, in the batch ...
     ahead -= ahead[np.searchsorted(piece, piece)]  # ... and in its row
-    s = np.repeat(np.arange(len(m)), length)  # (T,) the trajectory of a token
-    t = np.arange(len(s)) - (np.cumsum(length) - length)[s]  # (T,) its place in there
-    stored = trajectories.offsets[m][s] + t  # (T,)
-    row, prompt = piece[s], trajectories.prompt_length[groups].astype(int)  # (T,), (P,)
+    owner = np.repeat(np.arange(len(m)), length)  # (T,) the trajectory of a token
+    t = np.arange(len(owner)) - (np.cumsum(length) - length)[owner]  # (T,) its place in there
+    stored = trajectories.offsets[m][owner] + t  # (T,)
+    row, prompt = piece[owner], trajectories.prompt_length[groups].astype(int)  # (T,), (P,)
     start = prompt[row]  # (T,) the first column behind the prompt
     shape = len(pieces), int((prompt + np.bincount(piece, fed)).max())  # (P, W)
     ids, position, segment = np.zeros(shape, int), np.zeros(shape, int), np.full(shape, -1)
     for p, n in enumerate(groups):
         place = np.s_[p, : prompt[p]]
         ids[place], position[place], segment[place] = trajectories.prompt(n), np.arange(prompt[p]), 0
-    i = np.flatnonzero(t < fed[s])  # tokens that are inputs, too
-    place = row[i], (start + ahead[s] + t)[i]
-    ids[place], position[place], segment[place] = trajectories.tokens[stored[i]], (start + t)[i], 1 + s[i]
-    place = row, np.arange(len(s)) - np.searchsorted(row, row)  # (T,) among the tokens of the piece
+    inputs = np.flatnonzero(t < fed[owner])  # tokens that are inputs, too
+    place = row[inputs], (start + ahead[owner] + t)[inputs]
+    ids[place], position[place] = trajectories.tokens[stored[inputs]], (start + t)[inputs]
+    segment[place] = 1 + owner[inputs]
+    place = row, np.arange(len(owner)) - np.searchsorted(row, row)  # (T,) among the tokens of the piece
     target, source = np.zeros((2, len(pieces), int(place[1].max()) + 1), int)  # (P, C)
-    target[place], source[place] = trajectories.tokens[stored], start - 1 + np.where(t > 0, ahead[s] + t, 0)
+    target[place], source[place] = trajectories.tokens[stored], start - 1 + np.where(t > 0, ahead[owner] + t, 0)
     valid = np.zeros(target.shape, bool)
     valid[place] = True
     advantages = loss.advantages(trajectories.rewards[groups])[piece, m % samples]  # (P, K) -> (S,)
@@ -189,55 +192,57 @@ def collate(trajectories: Trajectories, pieces: Sequence[Piece], device: torch.d
         **{"ids": to(ids), "position": to(position), "segment": to(segment)},
         **{"target": to(target), "source": to(source), "valid": to(valid)},
         behavior_logps=to(trajectories.behavior_logps[stored]),
-        advantages=advantages[s].to(device),
-        weight=to(loss.weights(length, trajectories.truncated.flatten()[m], sizes)[s], dtype=torch.float32),
+        advantages=advantages[owner].to(device),
+        weight=to(loss.weights(length, trajectories.truncated.flatten()[m], sizes)[owner], dtype=torch.float32),
         length=length.tolist(),
         stored=stored,
     )
 
 
 def halves(rewards: Array) -> list[Array]:
-    """The trajectories of a group (K,) in two halves, with the same rewards in both as far as possible. Otherwise the
-    difference of their gradients would be that of their rewards, which the baseline takes out of the whole group.
+    """Split the trajectories of a group (K,) into two halves with the same rewards, as far as possible. Advantages use
+    the mean of the whole group. So a half with more right answers would have another gradient for that reason alone.
 
     >>> [half.tolist() for half in halves(np.array([1.0, 0.0, 0.0, 1.0]))]
     [[1, 0], [2, 3]]
     """
     order = np.argsort(rewards, kind="stable")[: np.count_nonzero(~np.isnan(rewards))]  # NaN: no trajectory
-    return [order[::2], order[1::2]]
+    one, other = order[::2], order[1::2]  # the second has the higher rewards, if they are not equal
+    return [one, other] if one.sum() % 2 else [other, one]  # so let the trajectories' numbers decide which is first
 
 
 def micro_batches(
-    trajectories: Trajectories, prompts: Sequence[int], batch_tokens: int, halved: Array | None = None
+    trajectories: Trajectories, prompts: Iterable[int], batch_tokens: int, halved: Array | None = None
 ) -> Iterator[list[Piece]]:
     """The groups of some prompts n, in batches of at most `batch_tokens` tokens, padding included. A group that is too
     long for a batch is cut, down to single trajectories. On a CPU batches are smaller, unless a group is longer.
 
     Args:
-        halved: (N,) groups that are cut in two in any case.
+        halved: (N,) bool, groups that are cut in two in any case.
     """
-    pieces, sizes = [], []
+    pieces: list[Piece] = []
+    sizes: list[int] = []
     for n in map(int, prompts):
         prompt, fed = int(trajectories.prompt_length[n]), trajectories.length[n] - 1
         group = np.arange(trajectories.sizes[n])
-        for ks in halves(trajectories.rewards[n]) if halved is not None and halved[n] else [group]:
-            while len(ks):
-                fitting = max(1, np.searchsorted(np.cumsum(fed[ks]), batch_tokens - prompt, side="right"))
-                pieces.append((n, ks[:fitting]))
-                sizes.append(prompt + int(fed[ks[:fitting]].sum()))
-                ks = ks[fitting:]
+        for part in halves(trajectories.rewards[n]) if halved is not None and halved[n] else [group]:
+            while len(part):
+                fitting = max(1, np.searchsorted(np.cumsum(fed[part]), batch_tokens - prompt, side="right"))
+                pieces.append((n, part[:fitting]))
+                sizes.append(prompt + int(fed[part[:fitting]].sum()))
+                part = part[fitting:]
     most = min(batch_tokens, CACHE) if rollout.device().type == "cpu" else batch_tokens
     yield from ([pieces[i] for i in batch] for batch in rollout.pack(sizes, most))
 
 
 CACHE = 1024  # tokens whose activations stay in a CPU's cache; bench/speed.py tries other sizes
-LONG = 256  # tokens of a row from which attention goes completion by completion
+LONG = 256  # in rows of more tokens, attention is computed completion by completion
 
 
 def completion_logps(
     model: PreTrainedModel, batch: Batch, temperature: float, with_entropy: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """Log-probs of the batch's tokens under the tempered policy, (T,), and its entropies there, (T,), 0 if not wanted.
+    """Log-probs of the batch's tokens under the tempered policy, (T,), and its entropies, (T,); 0 if not asked for.
 
     Raises:
         BadInput: NaN or infinity, naming the prompts.
@@ -246,15 +251,15 @@ def completion_logps(
     if width > LONG:
         model.set_attn_implementation(rollout.our_attention())
         options["segments"] = [attention_masks(row) for row in segment]
-        seen = segment.new_zeros(rows, 0, 0).bool()  # is not used
+        seen = segment.new_zeros(rows, 0, 0).bool()  # not used
     else:
         before = torch.ones(width, width, dtype=torch.bool, device=segment.device).tril()
         seen = before & ((segment[:, :, None] == segment[:, None]) | (segment[:, None] == 0))  # (P, W, W): query, key
     hidden = model.base_model(
         input_ids=batch.ids, attention_mask=seen[:, None], position_ids=batch.position, use_cache=False, **options
-    ).last_hidden_state  # (P, W, H)
-    hidden = hidden[torch.arange(rows, device=hidden.device)[:, None], batch.source]  # (P, C, H)
-    # Logits over the vocabulary, some columns at a time: all of them would take more memory than the rest.
+    ).last_hidden_state  # (P, W, hidden)
+    hidden = hidden[torch.arange(rows, device=hidden.device)[:, None], batch.source]  # (P, C, hidden)
+    # Logits over the vocabulary, some columns at a time: all of them would take more memory than everything else.
     step = max(1, LOGITS // (rows * model.config.vocab_size))
     function = functools.partial(token_logps, model.get_output_embeddings(), temperature, with_entropy)
     if step < hidden.shape[1]:  # then they are computed once more in the backward pass
@@ -267,7 +272,8 @@ def completion_logps(
 
 
 def attention_masks(segment: Tensor) -> list[tuple[int, Tensor | None]]:
-    """Of the prompt and of each completion in a row (W,): the width, and what it sees of [the prompt; itself]."""
+    """Width and mask of the prompt and of each completion in a row (W,). A completion's mask, (1, 1, its width, prompt
+    and its width), says which tokens of [the prompt; itself] each of its tokens sees."""
     prompt, *completions = segment[segment >= 0].unique_consecutive(return_counts=True)[1].tolist()
     everything = functools.partial(torch.ones, dtype=torch.bool, device=segment.device)
     masks = [(width, everything(width, prompt + width).tril(prompt)[None, None]) for width in completions]
@@ -277,14 +283,14 @@ def attention_masks(segment: Tensor) -> list[tuple[int, Tensor | None]]:
 def token_logps(
     head: torch.nn.Module, temperature: float, with_entropy: bool, hidden: Tensor, target: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Log-probs of the tokens that hidden states (P, c, H) predict, and entropies, (P, c) both."""
-    logits = head(hidden)  # (P, c, V); in float32 from here on
+    """Log-probs of the tokens that hidden states (P, some of C, hidden) predict, and entropies, (P, some of C)."""
+    logits = head(hidden)  # (P, some of C, vocabulary); in float32 from here on
     all_logps = torch.log_softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature, -1)
     entropy = -(all_logps.exp() * all_logps).sum(-1) if with_entropy else all_logps.new_zeros(target.shape)
     return all_logps.gather(-1, target[..., None])[..., 0], entropy
 
 
-LOGITS = 1 << 26  # so many at a time
+LOGITS = 1 << 26  # numbers of logits computed at a time, at most
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -292,14 +298,14 @@ LOGITS = 1 << 26  # so many at a time
 
 
 def decoder_layers(model: torch.nn.Module) -> list[torch.nn.Module]:
-    """What gradient checkpointing and FSDP take one at a time."""
+    """The layers that gradient checkpointing and FSDP handle one at a time."""
     from transformers.modeling_layers import GradientCheckpointingLayer
 
     return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
 
 
 class LogProbs(torch.nn.Module):
-    """`completion_logps` of a model as a module, since FSDP gathers weights for as long as a module is called."""
+    """`completion_logps` of a model as a module, since FSDP gathers weights while a module's forward runs."""
 
     def __init__(self, model: PreTrainedModel):
         super().__init__()
@@ -309,25 +315,25 @@ class LogProbs(torch.nn.Module):
         return completion_logps(self.model, batch, temperature, with_entropy)
 
     def start(self) -> None:
-        """FSDP finds the layers of a root when it is called for the first time; sampling calls the layers alone."""
+        """FSDP finds the layers of its root when the root is first called. Sampling calls only the layers."""
 
 
 def shard_weights(model: PreTrainedModel, precision: torch.dtype) -> LogProbs:
-    """Cut each parameter into w shares, one for each process. A layer is put together while it computes, in
+    """Cut each parameter into WORLD shares, one for each process. A layer is put together while it computes, in
     `precision`, and its gradient is summed over the processes, in float32.
 
-    The precision is FSDP's, not autocast's: that keeps bfloat16 copies of float32 weights, whose memory FSDP uses
-    again, and from the second micro-batch on gradients would be wrong.
+    The precision is FSDP's, not autocast's: autocast keeps bfloat16 copies of float32 weights whose memory FSDP reuses,
+    and from the second micro-batch on gradients would be wrong.
     """
     root, rounded = LogProbs(model), precision == torch.bfloat16
     policy = MixedPrecisionPolicy(precision, reduce_dtype=torch.float32) if rounded else MixedPrecisionPolicy()
-    for module in [*decoder_layers(model), root]:
-        fully_shard(module, mp_policy=policy)
+    for layer in [*decoder_layers(model), root]:
+        module = fully_shard(layer, mp_policy=policy)
         module.set_gradient_divide_factor(1.0)  # the sum of all processes, not the mean ...
         module.set_force_sum_reduction_for_comms(True)  # ... whatever the backend
     register_fsdp_forward_method(root, "start")
     root.start()
-    root.reshard()
+    module.reshard()  # that of the root, which came last
     return root
 
 
@@ -358,19 +364,19 @@ def gathered(root: LogProbs) -> Iterator[None]:
 
 
 def owned(tensors: dict[str, Tensor], owner: Callable[[int], int]) -> dict[str, Array]:
-    """Those of the tensors that this process owns, whole and in the host's memory; tensor i is that of `owner(i)`. All
-    processes must ask at once."""
+    """The tensors that this process owns, whole and in the host's memory. `owner(number)` says which process owns a
+    tensor. All processes must call at once."""
     ours = {}
-    for i, (name, values) in enumerate(tensors.items()):
+    for number, (name, values) in enumerate(tensors.items()):
         values = values.full_tensor() if isinstance(values, DTensor) else values
-        if owner(i) == RANK:
+        if owner(number) == RANK:
             ours[name] = values.detach().cpu().numpy()
     return ours
 
 
 def too_large(model: PreTrainedModel, o: SimpleNamespace) -> bool:
     """Should the weights be sharded? `auto`: if weights, gradients and moments, all float32, and the initial policy
-    would take more than 0.6 of the device's memory. The rest is for activations and sampling."""
+    would take more than 0.6 of the device's memory. Activations and sampling need the rest."""
     if o.shard_weights == "auto" and WORLD > 1 and rollout.device().type == "cuda":
         need = (16 + 4 * (o.kl > 0)) * model.num_parameters() / 1e9
         memory = torch.cuda.get_device_properties(rollout.device()).total_memory / 1e9
@@ -400,20 +406,21 @@ def grpo_step(
 ) -> dict[str, float]:
     """Add the gradient of -J (6) to the parameters' `.grad`, micro-batch by micro-batch.
 
-    Returns J, and sums over the tokens of live groups: the KL, the entropy, ratios outside 1 ± ε, |log ρ|, and their
-    number; and the largest |log ρ|.
+    Returns J; sums over the tokens of live groups (the KL, the entropy, ratios outside 1 ± ε, |log ρ|, the number of
+    tokens); and the largest |log ρ|.
 
-    Every sequence weighs 1/(PK) whichever micro-batch it is in, so their size changes nothing beyond rounding.
+    Every sequence weighs 1/(BK) whichever micro-batch it is in, so their size changes nothing beyond rounding.
 
     Args:
         trajectories: those of this process.
-        batch: the step's P prompts, of all processes; what else there is among the trajectories does not count.
+        batch: the step's B prompts, of all processes; trajectories of other prompts do not count.
     """
     live = np.intersect1d(trajectories.live(), np.flatnonzero(np.isin(trajectories.prompt_index, list(batch))))
-    batches, sums, largest = [(1, p) for p in micro_batches(trajectories, live, batch_tokens)], Counter(), 0.0
-    if isinstance(policy, FSDPModule):  # all must call the layers equally often: a trajectory with weight 0 fills up
+    batches, largest = [(1, p) for p in micro_batches(trajectories, live, batch_tokens)], 0.0
+    sums: Counter = Counter()
+    if isinstance(policy, FSDPModule):  # needs as many passes in every process: those with fewer add some of weight 0
         batches += [(0, [(0, [0])])] * (max(rollout.gather(len(batches))) - len(batches))
-    for counts, pieces in batches:
+    for real, pieces in batches:
         laid = collate(trajectories, pieces, rollout.device(), loss)
         logps, token_entropy = policy(laid, temperature, with_entropy=True)
         value = policy_objective(logps, laid.behavior_logps, laid.advantages, clip, clip_high)
@@ -423,27 +430,27 @@ def grpo_step(
                 initial_logps, _ = initial(laid, temperature)
             token_kl = k3_kl(logps, initial_logps)
         value = value + entropy * token_entropy - kl * token_kl
-        objective = counts * (laid.weight * value).sum() / len(batch)
+        objective = real * (laid.weight * value).sum() / len(batch)
         (-objective).backward()
         log_ratio = (logps - laid.behavior_logps).detach()
         outside = (ratio := log_ratio.exp()) != ratio.clamp(1 - clip, 1 + (clip_high or clip))
         means = {"kl": token_kl, "entropy": token_entropy, "outside_clip": outside, "log_ratio": log_ratio.abs()}
-        sums.update({name: counts * values.detach().sum().item() for name, values in means.items()})
-        sums.update(objective=objective.item(), live_tokens=counts * len(logps))
-        largest = max(largest, counts * log_ratio.abs().max().item())
+        sums.update({name: real * values.detach().sum().item() for name, values in means.items()})
+        sums.update(objective=objective.item(), live_tokens=real * len(logps))
+        largest = max(largest, real * log_ratio.abs().max().item())
     return dict(sums) | {"largest_log_ratio": largest}
 
 
-DRAWS = 3  # at most, in a step with dynamic sampling
+DRAWS = 3  # at most, with dynamic sampling
 
 
 def draw_batch(
     sample: Callable[[Array], Trajectories], order: Array, prompts: int, o: SimpleNamespace
 ) -> tuple[Trajectories, list[int], Loss, float]:
-    """Sample the first P prompts of the order. With dynamic sampling (DAPO), sample the next P, and once more, until P
-    groups are live: the batch is these, or fewer. Every process samples its share of each P.
+    """Sample the first B prompts of the order. With dynamic sampling (DAPO), while fewer than B groups are live, sample
+    B more, up to 3 B in all; the batch is the live groups, B at most. Every process samples its share.
 
-    Returns this process's trajectories, the batch's prompts, what a token weighs, and the seconds spent sampling.
+    Returns this process's trajectories, the batch's prompts, the weights of tokens, and the seconds spent sampling.
     """
     parts, batch, seconds = [], order[:prompts].tolist(), 0.0
     for first in range(0, len(order), prompts):
@@ -453,13 +460,13 @@ def draw_batch(
         trajectories = rollout.join(parts)
         if o.dynamic_sampling:
             live = set().union(*rollout.gather(trajectories.prompt_index[trajectories.live()].tolist()))
-            batch = [i for i in order.tolist() if i in live][:prompts]
+            batch = [n for n in order.tolist() if n in live][:prompts]
         if len(batch) == prompts:
             break
     loss = Loss(o.loss, o.max_tokens, o.mask_truncated)
     if o.loss == "dapo":
         weights = replace(loss, length=1).weights(trajectories.length, trajectories.truncated, o.samples)
-        tokens = trajectories.length * weights  # (N, K); those that are not masked, over K
+        tokens = trajectories.length * weights  # (N, K), divided by K; 0 where masked
         means = rollout.gather(tokens[np.isin(trajectories.prompt_index, batch)].sum())
         loss = replace(loss, length=(sum(means) or 1) / max(1, len(batch)))
     return trajectories, batch, loss, seconds
@@ -473,9 +480,9 @@ def to_read(trajectories: Trajectories, loss: Loss, tokenizer: PreTrainedTokeniz
     advantages = loss.advantages(rewards[None])[0].tolist()
     return [
         about
-        | {"text": read(trajectories.tokens[trajectories.span(n, k)]), "reward": float(rewards[k])}
-        | {"advantage": advantages[k], "truncated": bool(trajectories.truncated[n, k])}
-        for k in (int(rewards.argmax()), int(rewards.argmin()))
+        | {"text": read(trajectories.tokens[trajectories.span(n, i)]), "reward": float(rewards[i])}
+        | {"advantage": advantages[i], "truncated": bool(trajectories.truncated[n, i])}
+        for i in (int(rewards.argmax()), int(rewards.argmin()))
     ]
 
 
@@ -499,10 +506,10 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def save_state(folder: Path, tensors: dict[str, Tensor], recipe: dict, facts: dict) -> None:
-    """A folder with a shard from each process: tensor i is that of process i % w, which alone holds it meanwhile."""
-    ours, path = owned(tensors, lambda i: i % WORLD), folder / f"{RANK:05d}.safetensors"
+    """Write a folder with a shard from each process. Process number % WORLD owns a tensor, and no other holds it."""
+    ours, path = owned(tensors, lambda number: number % WORLD), folder / f"{RANK:05d}.safetensors"
     if RANK == 0:
-        remove(folder)  # what a killed try has left
+        remove(folder)  # left by a killed try
     rollout.gather()
     rollout.save(path, ours, recipe | {"shard": {"number": RANK, "of": WORLD}}, facts)
     rollout.gather()  # now it is whole
@@ -515,15 +522,15 @@ def moments_of(policy: PreTrainedModel, adamw: torch.optim.AdamW) -> dict[str, T
 
 @torch.no_grad()
 def restore(policy: PreTrainedModel, adamw: torch.optim.AdamW, folder: Path, kind: str) -> dict:
-    """Take over a state of AdamW, and the weights if they are among the tensors; returns its facts. Any number of
-    processes may have written it."""
+    """Load a state of AdamW, and the weights if they are among the tensors; returns its facts. Any number of processes
+    may have written it."""
     parameters, records = dict(policy.named_parameters()), rollout.shards(folder, kind)
     for path in records:
         for name, values in rollout.load(path, kind)[0].items():
             owner, _, moment = name.rpartition(".")
             parameter = parameters[owner if moment in MOMENTS else name]
             values = torch.from_numpy(values).to(parameter.device)
-            if isinstance(parameter, DTensor):  # each process takes its share, without a word to the others
+            if isinstance(parameter, DTensor):  # each process takes its share, without communication
                 values = distribute_tensor(values, parameter.device_mesh, parameter.placements, src_data_rank=None)
             if moment in MOMENTS:
                 adamw.state[parameter][moment] = values
@@ -536,7 +543,7 @@ def restore(policy: PreTrainedModel, adamw: torch.optim.AdamW, folder: Path, kin
 
 
 def load_policies(o: SimpleNamespace) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, LogProbs, LogProbs | None]:
-    """The policy, its tokenizer, and what computes the log-probs of the policy and of the initial one."""
+    """The policy, its tokenizer, and the modules that compute log-probs of the policy and of the initial policy."""
     policy, tokenizer = rollout.load_model(o.model)  # float32: steps of 1e-6 would vanish in bfloat16
     cut = functools.partial(shard_weights, precision=rollout.pick_dtype(o.dtype)) if too_large(policy, o) else LogProbs
     # The initial policy is float32, too: rounding to bfloat16 moves log-probs by more than training does at first.
@@ -545,19 +552,20 @@ def load_policies(o: SimpleNamespace) -> tuple[PreTrainedModel, PreTrainedTokeni
 
 
 def run_stage(out: Path, recipe: dict, o: SimpleNamespace, rows: rollout.Prompts, chosen: Array) -> None:
-    """Train on the chosen prompts (N,), from the checkpoint if there is one, and write the model and its optimizer.
-    `o` holds the options of `train`."""
-    clock, _ = time.perf_counter(), rollout.gather()  # with the other processes
+    """Train on the chosen rows, from the checkpoint if there is one, and write the model and its optimizer. `o` holds
+    the options of `train`."""
+    clock, _ = time.perf_counter(), rollout.gather()  # the wait for other processes counts
     policy, tokenizer, root, initial = load_policies(o)
-    encoded = rollout.encode_prompts(tokenizer, [rows[i] for i in chosen], o.system, o.chat, o.data)
+    encoded = rollout.encode_prompts(tokenizer, [rows[n] for n in chosen], o.system, o.chat, o.data)
     kept = rollout.fitting_prompts(str(o.selection), encoded, policy, o.max_tokens, o.max_prompt_tokens)
-    prompt_ids = {int(chosen[i]): encoded[i] for i in kept}
-    prompts = min(o.batch_prompts, len(prompt_ids))  # P
+    prompt_ids = {int(chosen[place]): encoded[place] for place in kept}
+    prompts = min(o.batch_prompts, len(prompt_ids))  # B
     require(prompts >= WORLD, f"{prompts} prompts a step for {WORLD} processes; start {max(1, prompts)} or fewer")
     if len(kept) < o.batch_prompts / 4:
         rollout.say(f"warning: {len(kept)} prompts are chosen, and a batch has room for {o.batch_prompts}")
     adamw = torch.optim.AdamW(policy.parameters(), lr=o.lr, weight_decay=0.0, fused=True)
-    random, facts = np.random.default_rng(o.seed), {"adam_steps": 0, "log": [], "completions": [], "seconds": 0.0}
+    random = np.random.default_rng(o.seed)
+    facts: dict[str, Any] = {"adam_steps": 0, "log": [], "completions": [], "seconds": 0.0}
     unfinished = recipe | {"kind": "checkpoint"}
     if begun := last_checkpoint(out / "checkpoint", unfinished):
         facts = restore(policy, adamw, begun, "checkpoint")
@@ -577,7 +585,7 @@ def run_stage(out: Path, recipe: dict, o: SimpleNamespace, rows: rollout.Prompts
         with named(f"step {step}"):
             start, seed = time.perf_counter(), [o.seed, step]
             with gathered(root), autocast(root, o.dtype):
-                if step:  # of a resumed stage, the first one too
+                if step:  # at step 0 the engine has the weights of the folder
                     engine.sync(policy)
                 how = {"o": o, "seed": seed, "policy": policy, "allowed": allowed}
                 sample = functools.partial(rollout.sample_trajectories, engine, tokenizer, rows, prompt_ids, **how)
@@ -614,9 +622,9 @@ def save_stage(
     facts: dict,
 ) -> None:
     """The model, by process 0, and the optimizer state. The model comes last: then the stage is trained."""
-    weights, identity = owned(dict(policy.named_parameters()), lambda i: 0), None
+    weights, identity = owned(dict(policy.named_parameters()), lambda number: 0), None
     with rollout.new_file(out / "model") if RANK == 0 else nullcontext() as temporary:
-        if RANK == 0:
+        if temporary:
             policy.save_pretrained(temporary, state_dict={name: torch.from_numpy(x) for name, x in weights.items()})
             tokenizer.save_pretrained(temporary)
             kept = {name: facts[name] for name in ("log", "completions")}
@@ -630,7 +638,7 @@ def last_checkpoint(folder: Path, recipe: dict) -> Path | None:
     """The newest checkpoint of a stage in which no shard is missing. Any number of processes may have written it.
 
     Raises:
-        BadInput: it is one of another stage, or damaged.
+        BadInput: it is a checkpoint of another stage, or damaged.
     """
     for saved in sorted(folder.glob("[0-9]*"), reverse=True):
         paths = sorted(saved.glob("[0-9]*.safetensors"))
@@ -642,8 +650,8 @@ def last_checkpoint(folder: Path, recipe: dict) -> Path | None:
 
 
 def autocast(root: LogProbs, dtype: str) -> torch.autocast:
-    """Entered anew for every use: it keeps its bfloat16 copies of the weights until it is left, so one from sampling
-    would carry no gradient, and one from before an update would be stale. Sharded weights need none."""
+    """Enter it anew for every use: until it is left, it keeps its bfloat16 copies of the weights. Copies made while
+    sampling would carry no gradient, and copies made before an update would be stale. Sharded weights need none."""
     precision = rollout.pick_dtype(dtype)
     off = precision == torch.float32 or isinstance(root, FSDPModule)
     return torch.autocast(rollout.device().type, precision, enabled=not off)
@@ -663,12 +671,13 @@ def update(
     Raises:
         BadInput: NaN or infinity in the gradient.
     """
-    clock, busy, first = time.perf_counter(), 0.0, {}
+    clock, busy = time.perf_counter(), 0.0
+    first: dict[str, float] = {}
     options = {name: getattr(o, name) for name in ("temperature", "clip", "clip_high", "kl", "entropy", "batch_tokens")}
     for _ in range(o.iterations):
         adamw.zero_grad(set_to_none=False)
         layers = decoder_layers(root)
-        for layer in layers:  # it asks for this flag, which those inside would take for dropout
+        for layer in layers:  # checkpointing asks for this flag; modules inside would take it for dropout
             layer.training = o.gradient_checkpointing
         start = time.perf_counter()
         with autocast(root, o.dtype):
@@ -689,8 +698,9 @@ def update(
 
 
 def metrics(each: list[dict]) -> dict[str, float | None]:
-    """A line of the log, from what each process knows of a step; docs/metrics.md says what is in it."""
-    sums, busy = Counter(), [known["sampling"] + known["seconds_busy"] for known in each]
+    """A line of the log, from each process's part of a step; docs/metrics.md explains the names."""
+    sums: Counter = Counter()
+    busy = [known["sampling"] + known["seconds_busy"] for known in each]
     for known in each:
         sums.update(known["sums"])
     names = ("rewards", "length", "truncated")
@@ -718,7 +728,7 @@ def metrics(each: list[dict]) -> dict[str, float | None]:
 
 @contextmanager
 def named(what: str) -> Iterator[None]:
-    """Bad input that comes up in the block is that of `what`."""
+    """Put `what` before the message of bad input that comes up in the block."""
     try:
         yield
     except BadInput as error:
@@ -726,8 +736,8 @@ def named(what: str) -> Iterator[None]:
 
 
 def lineage(folder: Path) -> list[str]:
-    """Identities of a model and of those it was trained from. Trajectories belong to a model if they were sampled by
-    one of these: off-policy, but not foreign."""
+    """Identities of a model and of those it was trained from. Trajectories belong to a model if one of these sampled
+    them: then they are off-policy, but not foreign."""
     ancestors = rollout.peek(folder)["facts"]["ancestors"] if (folder / "cropi.json").exists() else []
     return [*ancestors, rollout.model_identity(folder)]
 
@@ -742,7 +752,8 @@ def write_record(folder: Path, recipe: dict, facts: dict) -> str:
 
 
 def remove(folder: Path) -> None:
-    """A folder, with whatever a killed try to write it left behind. It is never there in part."""
+    """Delete a folder atomically: rename it first, so that a crash never leaves half of it. Also delete what a killed
+    try to write it has left."""
     part = folder.with_name(f".{folder.name}.part")
     shutil.rmtree(part, ignore_errors=True)
     with suppress(FileNotFoundError):
@@ -772,7 +783,7 @@ def train(
     iterations: Count = 1,
     lr: Positive = 5e-5,
     max_grad_norm: Positive = 1.0,
-    loss: Literal[LOSSES] = "grpo",
+    loss: LossName = "grpo",
     clip: Positive = 0.2,
     clip_high: Annotated[float | None, typer.Option(callback=rollout.above_zero)] = None,
     mask_truncated: bool = False,
@@ -806,11 +817,11 @@ def train(
         initial_model: Initial policy, for KL.  [default: --model]
         optimizer: Folder of the optimizer state to start from.  [default: fresh]
         steps: Training steps, each with a batch of rollouts of its own.
-        batch_prompts: P, prompts per step.
-        iterations: Updates per batch of rollouts (GRPO's mu).
+        batch_prompts: B, prompts per step.
+        iterations: Updates per batch of rollouts (μ in the GRPO paper).
         lr: AdamW's learning rate.
         max_grad_norm: The gradient is clipped to this norm.
-        loss: What a completion's sum over tokens is divided by: its length, the mean length, or max_tokens (dr_grpo).
+        loss: Divide a completion's sum over tokens by its length, the mean length (dapo), or max_tokens (dr_grpo).
         clip: Ratios are clipped to 1 - clip .. 1 + clip.
         clip_high: Upper bound 1 + clip_high, so that rare tokens can grow faster (DAPO: 0.28).  [default: clip]
         mask_truncated: Learn nothing from completions that max_tokens cut off; their rewards stay in the baseline.

@@ -177,7 +177,7 @@ def ablate(
     for name, options in arms.items():  # a slip in the last arm is to be known before the first has run
         try:
             cropi.parse_settings(command.make_context("run", [*common, *options]).params["assignments"] or [])
-        except (BadInput, typer.BadParameter.__base__) as error:
+        except (BadInput, rollout.UsageError) as error:
             raise BadInput(f"arm {name}: {getattr(error, 'message', error)}") from None
     with rollout.new_file(file) as temporary:
         temporary.write_text(json.dumps(begun | {"arms": begun["arms"] | arms}, indent=1) + "\n")

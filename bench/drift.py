@@ -24,6 +24,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -39,7 +40,7 @@ import rollout  # noqa: E402
 select = cropi.select
 STAGES = (0, 1, 2, 4, 8)
 # label -> options of project.py
-ESTIMATORS = {ratio: {"ratio": ratio} for ratio in project.RATIOS} | {
+ESTIMATORS = {ratio: {"ratio": ratio} for ratio in get_args(project.Ratio)} | {
     "sequence, cap 2": {"ratio": "sequence", "cap": 2.0}
 }
 SETS = {"train": cropi.TOY_POOL} | {Path(path).stem: path for path in cropi.TOY_VALID}

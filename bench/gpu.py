@@ -37,7 +37,7 @@ import project  # noqa: E402
 import rollout  # noqa: E402
 import train  # noqa: E402
 
-SAMPLES, K = 8, 4096
+SAMPLES, BUCKETS = 8, 4096
 
 
 def wait() -> None:
@@ -77,7 +77,12 @@ def random_model(shape, dtype: torch.dtype) -> torch.nn.Module:
 def expected(config: Path, length: int, tokens: int, prompts: int) -> dict[str, float]:
     """Bytes, by plan.py, for each of its rows."""
     words = ["--train", "x", "--valid", "v=x", "--test", "v=x", "--selector", "influence"]
-    settings = [f"rollout.max_tokens={tokens}", f"rollout.samples={SAMPLES}", "rollout.engine=hf", f"project.k={K}"]
+    settings = [
+        f"rollout.max_tokens={tokens}",
+        f"rollout.samples={SAMPLES}",
+        "rollout.engine=hf",
+        f"project.k={BUCKETS}",
+    ]
     settings += [f"train.max_tokens={tokens}", "train.dtype=bfloat16", f"train.batch_prompts={prompts}"]
     words += [word for setting in settings for word in ("--set", setting)]
     counts = [f"train={prompts}", "valid-v=1", "test-v=1"]
@@ -118,7 +123,7 @@ def measure(config: Path, prompts: int, length: int, tokens: int) -> dict:
     add("sampling, transformers", sample(rollout.TransformersEngine(model, words)), 1, 1, "offline rollouts, pool", 1)
     trajectories = made[-1]
     trajectories.rewards[:] = np.arange(SAMPLES) % 2  # all are live
-    sketcher = project.GradientSketcher(model, K, 1.0, seed=0)
+    sketcher = project.GradientSketcher(model, BUCKETS, 1.0, seed=0)
     halved, few = np.zeros(prompts // 2, bool), trajectories.take(np.arange(prompts // 2))
     score_tokens = plan.defaults("project")["batch_tokens"]
     score = functools.partial(project.project_groups, sketcher, few, halved, 1.0, score_tokens)

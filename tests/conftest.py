@@ -58,7 +58,7 @@ TEMPERATURE = 1.3
 def random_trajectories(
     shape: tuple[int, int], words: int, prompt: tuple[int, int], completion: tuple[int, int], logp: float
 ) -> Trajectories:
-    """P prompts x K of random words; lengths from the ranges, log-probs around `logp`. Every second one is right."""
+    """N prompts x K of random words; lengths from the ranges, log-probs around `logp`. Every second one is right."""
     random = np.random.default_rng(0)
     length = random.integers(*completion, shape).astype(np.int32)
     prompt_length = random.integers(*prompt, shape[0]).astype(np.int32)
@@ -103,17 +103,17 @@ def small_world(tmp_path):
 
 
 def every(trajectories: Trajectories) -> Iterable[tuple[int, int]]:
-    """(n, k) of all N*K trajectories, in the order of the file."""
+    """(n, i) of all N*K trajectories, in the order of the file."""
     return np.ndindex(trajectories.rewards.shape)
 
 
-def sequence(trajectories: Trajectories, n: int, k: int) -> tuple[torch.Tensor, int, np.ndarray]:
-    """Prompt and completion of trajectory k of prompt n as one row of ids, the prompt's length, and the completion's
+def sequence(trajectories: Trajectories, n: int, i: int) -> tuple[torch.Tensor, int, np.ndarray]:
+    """Prompt and completion of trajectory i of prompt n as one row of ids, the prompt's length, and the completion's
     stored log-probs: by adding up lengths, without the offsets that the scripts use."""
     first = int(trajectories.prompt_length[:n].sum())
     prompt = trajectories.prompt_tokens[first : first + trajectories.prompt_length[n]]
-    start = int(trajectories.length[:n].sum() + trajectories.length[n, :k].sum())
-    span = slice(start, start + int(trajectories.length[n, k]))
+    start = int(trajectories.length[:n].sum() + trajectories.length[n, :i].sum())
+    span = slice(start, start + int(trajectories.length[n, i]))
     ids = np.concatenate([prompt, trajectories.tokens[span]]).astype(np.int64)
     return torch.from_numpy(ids), len(prompt), trajectories.behavior_logps[span]
 

@@ -5,19 +5,20 @@ import json
 import time
 from collections import defaultdict
 from types import SimpleNamespace
+from typing import get_args
 
 import numpy as np
 import pytest
 import torch
 from conftest import TEMPERATURE, TOY, identities, random_trajectories, save_selection, sequence
-from test_project import K, autograd_sketch, dense_projection
+from test_project import BUCKETS, autograd_sketch, dense_projection
 
 import cropi
 import project
 import rollout
 import train
 from project import GradientSketcher, project_groups
-from train import LOSSES, Loss, policy_objective
+from train import Loss, LossName, policy_objective
 
 
 def options(**given) -> SimpleNamespace:
@@ -103,7 +104,7 @@ def trl_gradient(model, trajectories, name: str, clip_high: float, mask: bool) -
 
 
 @pytest.mark.parametrize("mask", [False, True])
-@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("name", get_args(LossName))
 def test_gradients_are_those_of_trl(moved, ragged, name, mask):
     moved = copy.deepcopy(moved).double()
     theirs = trl_gradient(moved, ragged, name, 0.28, mask)
@@ -121,10 +122,10 @@ def test_gradients_are_those_of_trl(moved, ragged, name, mask):
 
 
 @pytest.mark.parametrize("mask", [False, True])
-@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("name", get_args(LossName))
 def test_sketches_follow_the_loss(moved, ragged, name, mask):
     """Prompt by prompt, against autograd."""
-    sketcher = GradientSketcher(copy.deepcopy(moved), k=K, sparse_ratio=1.0, seed=1)
+    sketcher = GradientSketcher(copy.deepcopy(moved), k=BUCKETS, sparse_ratio=1.0, seed=1)
     matrices, groups = dense_projection(sketcher), ragged.take(ragged.live()[:6])
     loss = Loss(name, 3.7, mask)
     found = project_groups(sketcher, groups, np.zeros(6, bool), TEMPERATURE, 500, loss)["sketch"]
@@ -254,7 +255,7 @@ def test_metrics_by_brute_force(tmp_path):
 
 def test_kept_advantages_are_those_of_the_loss(toy, ragged):
     n = ragged.live()[0]
-    for name in LOSSES:
+    for name in get_args(LossName):
         best, worst = train.to_read(ragged, Loss(name, 3.0), toy[1], 0)
         centered = ragged.rewards[n].max() - ragged.rewards[n].mean()
         expected = centered if name == "dr_grpo" else centered / (ragged.rewards[n].std(ddof=1) + 1e-6)

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import weakref
 from functools import partial
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -26,7 +27,7 @@ import train
 from project import GradientSketcher, SparseProjection, project_groups
 from train import collate
 
-K = 512
+BUCKETS = 512
 
 
 def live_pieces(trajectories) -> list[train.Piece]:
@@ -35,7 +36,7 @@ def live_pieces(trajectories) -> list[train.Piece]:
 
 
 def dense_projection(sketcher: GradientSketcher) -> dict[str, torch.Tensor]:
-    """P M as explicit matrices (k, d) for each parameter tensor, from the description at the head of project.py."""
+    """Φ M as explicit matrices (k, d) for each parameter tensor, from the description at the head of project.py."""
     matrices, k = {}, sketcher.projection.k
     q = max(n for n in range(2, k + 1) if all(n % i for i in range(2, n)))
     for name, (row, column, kept, scale, shift) in sketcher.projection.blocks.items():
@@ -51,7 +52,7 @@ def dense_projection(sketcher: GradientSketcher) -> dict[str, torch.Tensor]:
 def autograd_sketch(
     model, trajectories, piece, matrices, ratio="token", weights=None, scale: bool = True
 ) -> torch.Tensor:
-    """P M ĝ of equation 2 for one piece, with the advantages of its group, by plain autograd, one trajectory at a
+    """Φ M ĝ of equation 2 for one piece, with the advantages of its group, by plain autograd, one trajectory at a
     time. `weights`: of a token of each trajectory, in place of 1/|τ|."""
     n, ks = piece
     rewards = trajectories.rewards[n].astype(np.float64)
@@ -94,7 +95,7 @@ def case(request, moved):
 
 @pytest.mark.parametrize("sparse_ratio", [0.1, 1.0])
 def test_hooks_equal_autograd_prompt_by_prompt(case, ragged, sparse_ratio):
-    sketcher = GradientSketcher(copy.deepcopy(case), k=K, sparse_ratio=sparse_ratio, seed=1)
+    sketcher = GradientSketcher(copy.deepcopy(case), k=BUCKETS, sparse_ratio=sparse_ratio, seed=1)
     matrices = dense_projection(sketcher)
     left_out = {name for name, _ in case.named_parameters()} - set(matrices)
     assert all("norm" in name for name in left_out)
@@ -112,8 +113,8 @@ def test_hooks_equal_autograd_prompt_by_prompt(case, ragged, sparse_ratio):
 def test_other_estimators_equal_autograd(moved, ragged, ratio):
     live = live_pieces(ragged)[:5]
     batch = collate(ragged, live, moved.device)
-    token, _ = GradientSketcher(copy.deepcopy(moved), K, 1.0, seed=1).sketch(batch, TEMPERATURE)
-    sketcher = GradientSketcher(copy.deepcopy(moved), K, 1.0, seed=1, ratio=ratio)
+    token, _ = GradientSketcher(copy.deepcopy(moved), BUCKETS, 1.0, seed=1).sketch(batch, TEMPERATURE)
+    sketcher = GradientSketcher(copy.deepcopy(moved), BUCKETS, 1.0, seed=1, ratio=ratio)
     sketch, _ = sketcher.sketch(batch, TEMPERATURE)
     matrices = dense_projection(sketcher)
     for row, piece in enumerate(live):
@@ -125,10 +126,10 @@ def test_other_estimators_equal_autograd(moved, ragged, ratio):
 def test_estimators_agree_while_the_policy_is_still_beta(toy, ragged):
     """The engine's log-probs aside: β's are computed here as π's are."""
     batch = collate(ragged, live_pieces(ragged), toy[0].device)
-    sketcher = GradientSketcher(copy.deepcopy(toy[0]), K, 1.0, seed=1)
+    sketcher = GradientSketcher(copy.deepcopy(toy[0]), BUCKETS, 1.0, seed=1)
     _, batch.behavior_logps = sketcher.sketch(batch, TEMPERATURE)
     sketches = []
-    for sketcher.ratio in project.RATIOS:
+    for sketcher.ratio in get_args(project.Ratio):
         sketches.append(sketcher.sketch(batch, TEMPERATURE)[0])
         assert ((sketches[-1] - sketches[0]).norm(dim=1) <= 1e-6 * sketches[0].norm(dim=1)).all()
     assert len(sketches) == 4
@@ -136,7 +137,7 @@ def test_estimators_agree_while_the_policy_is_still_beta(toy, ragged):
 
 def test_released_formula_by_hand():
     """Two trajectories of 2 tokens and 1, rewards 1 and 0: token ratio, group mean and standard deviation, mean over
-    the sequence, no clipping. ∂/∂log π of what ĝ is the gradient of is ρ_kt Â_k / (K |τ_k|), ∇log π being the rest."""
+    the sequence, no clipping. ∂/∂log π of what ĝ is the gradient of is ρ_it Â_i / (K |τ_i|), ∇log π being the rest."""
     pi = torch.tensor([0.9, 0.2, 0.5]).log().requires_grad_(True)
     beta = torch.tensor([0.3, 0.4, 0.25]).log()  # ratios 3, 1/2 and 2: far outside 1 ± 0.2
     trajectories = rollout.Trajectories(
@@ -163,17 +164,30 @@ def test_cap_bounds_the_weights():
     assert weights("sequence").tolist() == pytest.approx([1.5, 1.5, 0.5])
 
 
+@pytest.mark.parametrize("size", [4, 8])
+def test_neither_half_has_the_better_trajectories(size):
+    """Over all groups with so many right answers: a right answer too many is in each half equally often."""
+    for right in range(1, size):
+        differences = []
+        for places in itertools.combinations(range(size), right):
+            rewards = np.isin(np.arange(size), places).astype(np.float32)
+            first, second = train.halves(rewards)
+            assert sorted([*first, *second]) == list(range(size))
+            differences.append(rewards[first].sum() - rewards[second].sum())
+        assert max(np.abs(differences)) == right % 2 and sum(differences) == 0
+
+
 @pytest.mark.parametrize("batch_tokens", [60, 10**6])  # groups in pieces; all at once
 def test_halves_are_those_of_the_trajectories(moved, ragged, batch_tokens):
     """Half by half for every second prompt, whole for the others."""
-    sketcher, groups = GradientSketcher(copy.deepcopy(moved), K, 1.0, seed=1), ragged.take(ragged.live())
+    sketcher, groups = GradientSketcher(copy.deepcopy(moved), BUCKETS, 1.0, seed=1), ragged.take(ragged.live())
     halved = np.arange(len(groups.rewards)) % 2 == 0
     whole, _ = sketcher.sketch(collate(groups, live_pieces(groups), moved.device), TEMPERATURE)
     tensors = project_groups(sketcher, groups, halved, TEMPERATURE, batch_tokens)
     sketch, first = (torch.from_numpy(tensors[name]) for name in ("sketch", "half_sketch"))
     assert ((sketch - whole).norm(dim=1) <= 1e-5 * whole.norm(dim=1)).all()
     assert tensors["half_index"].tolist() == groups.prompt_index[::2].tolist()
-    assert first.shape == (halved.sum(), K)
+    assert first.shape == (halved.sum(), BUCKETS)
     second, matrices = 2 * sketch[halved] - first, dense_projection(sketcher)
     for row, n in list(enumerate(np.flatnonzero(halved)))[:3]:
         for half, ks in zip((first, second), train.halves(groups.rewards[n]), strict=True):
@@ -183,7 +197,7 @@ def test_halves_are_those_of_the_trajectories(moved, ragged, batch_tokens):
 
 @pytest.mark.parametrize("change", ["order", "padding", "slices", "long", "logits"])
 def test_batching_changes_nothing(moved, ragged, change, monkeypatch):
-    sketcher = GradientSketcher(copy.deepcopy(moved), k=K, sparse_ratio=0.1, seed=1)
+    sketcher = GradientSketcher(copy.deepcopy(moved), k=BUCKETS, sparse_ratio=0.1, seed=1)
     live = live_pieces(ragged)
     batch = collate(ragged, live, moved.device)
     whole, _ = sketcher.sketch(batch, TEMPERATURE)
@@ -349,7 +363,7 @@ def test_completions_of_a_single_token(moved, toy):
     assert set(trajectories.length.flatten().tolist()) == {1}
     groups = live_pieces(trajectories)
     assert groups
-    sketcher = GradientSketcher(copy.deepcopy(moved), k=K, sparse_ratio=0.1, seed=1)
+    sketcher = GradientSketcher(copy.deepcopy(moved), k=BUCKETS, sparse_ratio=0.1, seed=1)
     matrices = dense_projection(sketcher)
     sketch, _ = sketcher.sketch(collate(trajectories, groups, moved.device), TEMPERATURE)
     for row, piece in enumerate(groups):
@@ -360,7 +374,9 @@ def test_completions_of_a_single_token(moved, toy):
 def test_models_with_other_weight_matrices_are_refused():
     tiny = {"n_embd": 32, "n_layer": 1, "n_head": 2, "vocab_size": 41, "n_positions": 64}
     with pytest.raises(rollout.BadInput, match=r"transformer\.h\.0\.attn"):
-        GradientSketcher(GPT2LMHeadModel(GPT2Config(**tiny)), k=K, sparse_ratio=0.1, seed=0)  # its layers are Conv1D
+        GradientSketcher(
+            GPT2LMHeadModel(GPT2Config(**tiny)), k=BUCKETS, sparse_ratio=0.1, seed=0
+        )  # its layers are Conv1D
 
 
 def test_pass_rate_norm_and_sample_size_belong_to_their_prompt(small_world):
@@ -574,7 +590,7 @@ def test_weights_too_large_for_float32_are_refused_and_a_cap_helps(moved, ragged
     batch = collate(ragged, live_pieces(ragged)[:2], moved.device)
     batch.behavior_logps = batch.behavior_logps - 60  # as after a very long answer
     for cap, finite in ((None, False), (5.0, True)):
-        sketcher = GradientSketcher(copy.deepcopy(moved), K, 1.0, seed=1, ratio="sequence", cap=cap)
+        sketcher = GradientSketcher(copy.deepcopy(moved), BUCKETS, 1.0, seed=1, ratio="sequence", cap=cap)
         assert torch.isfinite(sketcher.sketch(batch, TEMPERATURE)[0]).all() == finite
 
 
@@ -590,7 +606,7 @@ def test_an_embedding_that_scales_is_refused_where_its_weight_is_tied():
     tiny = {"vocab_size": 41, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "head_dim": 8}
     config = GemmaConfig(**tiny, num_attention_heads=2, num_key_value_heads=1)
     with pytest.raises(rollout.BadInput, match=r"embed_tokens\.weight: per-prompt gradients support only"):
-        GradientSketcher(GemmaForCausalLM(config), k=K, sparse_ratio=1.0, seed=0)
+        GradientSketcher(GemmaForCausalLM(config), k=BUCKETS, sparse_ratio=1.0, seed=0)
 
 
 def test_layers_derived_from_linear_ones_are_refused(toy):
@@ -602,4 +618,4 @@ def test_layers_derived_from_linear_ones_are_refused(toy):
 
     model.lm_head.__class__ = Scaled
     with pytest.raises(rollout.BadInput, match=r"lm_head"):
-        GradientSketcher(model, k=K, sparse_ratio=1.0, seed=0)
+        GradientSketcher(model, k=BUCKETS, sparse_ratio=1.0, seed=0)

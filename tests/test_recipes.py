@@ -146,7 +146,7 @@ def test_a_formula_or_a_default_that_is_changed_between_stages_is_refused(home):
     refuses(home, [sys.executable, *printed.split()[1:]], r"run/stage-01/model was made with code\.train \w+, now \w+;")
     shutil.copy(ROOT / script, home)
 
-    edit(home / "project.py", 'ratio: Literal[RATIOS] = "token"', 'ratio: Literal[RATIOS] = "sequence"')  # a default
+    edit(home / "project.py", 'ratio: Ratio = "token"', 'ratio: Ratio = "sequence"')  # a default
     said = (r"run/run\.safetensors was made with ", r"options\.project\.ratio token, now sequence", r"code\.project")
     refuses(home, command(home, "--stages", "2"), *said)
     printed = next(line[2:] for line in done.stdout.splitlines() if line.startswith("$ python project.py"))
