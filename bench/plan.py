@@ -6,12 +6,12 @@
 Nothing is loaded but the config (the model stands on the meta device) and, to count prompts, the data. Where data
 cannot be opened, `--prompts NAME=COUNT` says how many there are, NAME being train, valid-SET or test-SET.
 
-Sketches also cost launches of small operations, whose number hangs on the number of weight tensors alone.
+Sketches also cost launches of small operations, whose number depends only on the number of weight tensors.
 
 A forward pass costs, per token, 2 FLOPs for each weight of a linear layer and 4 · layers · width for each token that it
-looks back on; a backward pass twice that. What is guessed are options: the mean lengths (completions are as long as
-they may be unless one says), the share of prompts that is live, and the FLOP/s that are sustained: fewer in sampling,
-which waits for memory, than in scoring and training.
+looks back on; a backward pass twice that. Guesses are options: the mean lengths (by default, completions are as long as
+they may be), the shares of prompts that are live and that have only failures, and the FLOP/s that are sustained: fewer
+in sampling, which waits for memory, than in scoring and training.
 
 Memory is that of the largest batch, of `batch_tokens` tokens, or of one trajectory if that is longer:
 - activations, 2.5 bytes for each input and output of a linear layer, and token. In bfloat16, on Qwen2.5-1.5B's shape,
@@ -137,6 +137,9 @@ def plan(
     tflops: Annotated[float, typer.Option(callback=above_zero, help="Sustained in scoring and training.")] = 200.0,
     rollout_tflops: Annotated[float, typer.Option(callback=above_zero, help="Sustained in sampling.")] = 20.0,
     live: Annotated[float, typer.Option(min=0, max=1, help="Share of prompts that are live.")] = 0.5,
+    failures: Annotated[
+        float, typer.Option(min=0, max=1, help="Share of prompts with only failures, for --retry-failed.")
+    ] = 0.25,
     prompt_tokens: Annotated[float, typer.Option(callback=above_zero, help="Mean length of a prompt.")] = 128,
     completion_tokens: Annotated[
         float | None, typer.Option(callback=above_zero, help="Mean length of a completion.  [default: --max-tokens]")
@@ -147,18 +150,21 @@ def plan(
     config: Annotated[
         Path | None, typer.Option(help="config.json to plan with.  [default: that of --model, from the Hub too]")
     ] = None,
-    gpus: Annotated[int, typer.Option(min=1, help="Processes, each with a GPU.")] = 1,
+    gpus: Annotated[
+        int | None, typer.Option(min=1, help="Processes, each with a GPU.  [default: --processes of the run]")
+    ] = None,
     disk_speed: Annotated[float, typer.Option(callback=above_zero, help="GB/s, of all processes together.")] = 1.0,
     prompts: Annotated[list[str] | None, typer.Option(help="NAME=COUNT, in place of opening the data; repeat.")] = None,
 ) -> list[dict]:
     command = typer.main.get_command(cropi.app).commands["run"]
     try:
         run = command.make_context("run", list(options or [])).params
-    except typer.BadParameter.__base__ as error:
+    except rollout.UsageError as error:
         raise BadInput(error.format_message()) from None
-    settings = {
-        name: defaults(name) | chosen for name, chosen in cropi.parse_settings(run["assignments"] or []).items()
-    }
+    gpus = gpus or run["processes"]
+    ours = [f"rollout.limit={run['limit']}"] if run["limit"] else []
+    chosen = cropi.parse_settings([*ours, *(run["assignments"] or [])])
+    settings = {name: defaults(name) | options for name, options in chosen.items()}
     given = dict(text.split("=", 1) for text in prompts or [] if "=" in text)
     require(len(given) == len(prompts or []), "--prompts is NAME=COUNT")
 
@@ -225,6 +231,10 @@ def plan(
     refreshes = 1 + ((stages - 1) // run["refresh_every"] if run["refresh_every"] else 0)
     add_rollouts("offline rollouts, pool", refreshes * offline, roll["samples"])
     add_rollouts("offline rollouts, validation", refreshes * valid, check["samples"])
+    if run["retry_failed"]:
+        later = [s for s in range(1, stages) if not (run["refresh_every"] and s % run["refresh_every"] == 0)]
+        retries = sum(s % run["retry_every"] == 0 for s in later)
+        add_rollouts("failures sampled again", retries * failures * offline, run["retry_failed"])
     if scored_too:
         passes = 1 if run["static"] else stages
         for what, groups, samples in (("pool", pool, roll["samples"]), ("validation", valid, check["samples"])):

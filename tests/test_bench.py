@@ -484,6 +484,15 @@ def test_the_plan_of_a_preset_needs_no_weights(tmp_path, size, weights):
     assert rows["training, updates"]["disk"] == pytest.approx((2 * 4 + 2 * 8 + 2 * 12) * weights, rel=0.01)
     assert rows["offline rollouts, pool"]["tokens"] == 1000 * (128 + 8 * 8)
     assert rows["all"]["hours"] == pytest.approx(sum(row["hours"] for row in rows.values()) / 2)
+    counts = [f"{n}={c}" for n, c in names.items()]
+    # before stages 2 to 8: every second one retries, the fifth refreshes all, so stages 3 and 7 retry
+    refreshed = [*options, "--stages=8", "--retry-failed=4", "--retry-every=2", "--refresh-every=4"]
+    rows = {row["what"]: row for row in plan.plan(refreshed, config=config, prompts=counts, failures=0.3)}
+    assert rows["offline rollouts, pool"]["prompts"] == 2 * 1000
+    assert rows["failures sampled again"]["prompts"] == pytest.approx(2 * 0.3 * 1000)
+    assert rows["failures sampled again"]["tokens"] == pytest.approx(600 * (128 + 4 * 8))
+    one, four = (plan.plan([*options, f"--processes={n}"], config=config, prompts=counts)[-1] for n in (1, 4))
+    assert one["hours"] == pytest.approx(4 * four["hours"])
     with pytest.raises(BadInput, match="no config"):
         plan.plan(options, config=tmp_path, prompts=[f"{n}={c}" for n, c in names.items()])
     with pytest.raises(BadInput, match="test-b: no such set"):
