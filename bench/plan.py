@@ -14,9 +14,9 @@ they may be), the shares of prompts that are live and that have only failures, a
 in sampling, which waits for memory, than in scoring and training.
 
 Memory is that of the largest batch, of `batch_tokens` tokens, or of one trajectory if that is longer:
-- activations, 2.5 bytes for each input and output of a linear layer, and token. In bfloat16, on Qwen2.5-1.5B's shape,
-  what autograd saves is 2.4 in scoring, whose peak is 2.4 too, and 2.5 in training. With gradient checkpointing it is
-  one layer's share, and 4 bytes times the width for each of the others.
+- activations: in scoring 2.5 bytes for each input and output of a linear layer, and token, in training 3.3. With these
+  the plan is 1.12 and 1.02 times what an H200 held at most (bench/gpu.py, shape of Qwen2.5-1.5B). With gradient
+  checkpointing it is one layer's share, and 4 bytes times the width for each of the others.
 - log-probs over the vocabulary, 12 bytes in scoring and 20 in training for each token and entry, of `train.LOGITS`
   entries at most,
 - training: float32 weights, gradients, AdamW's two moments and the initial policy (20 bytes a weight), and copies in
@@ -253,7 +253,7 @@ def plan(
     chosen = pool if run["selector"] == "full" else max(1, round(run["frac"] * pool))
     drawn = stages * step["steps"] * min(step["batch_prompts"], chosen)
     per_weight = 20 if step["kl"] else 16
-    activations, passes = costs.activations, 3
+    activations, passes = 3.3 / 2.5 * costs.activations, 3
     if step["gradient_checkpointing"]:  # one more pass forward
         activations, passes = activations / costs.layers + 4 * costs.layers * costs.width, 4
     passes = passes * step["iterations"] + (step["iterations"] if step["kl"] else 0)
