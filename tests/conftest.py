@@ -8,6 +8,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from types import SimpleNamespace
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # `pytest -n auto` runs a test on each core
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import numpy as np
 import pytest
 import torch
