@@ -8,11 +8,14 @@ The algorithm (Data-Efficient RLVR via Off-Policy Influence Guidance, arXiv 2510
     sample K trajectories from β = π_θ0 for every training and validation prompt              rollout.py
     for each stage:
         --refresh-every: every so many stages, sample them anew from π_θ                      rollout.py
-        --retry-failed: sample more from π_θ for training prompts that have only failures     rollout.py
+        --retry-failed: sample training prompts that have only failures again, from π_θ       rollout.py
         ĝ, g̃   <- off-policy gradients at θ from β's trajectories, sketched             (2, 3)  project.py
         score  <- cosine with each validation set, ranks fused; choose the best frac·N  (4, 5)  select.py
                   (both in the first stage only, with --static)
         θ      <- GRPO from θ on the chosen prompts                                     (6)     train.py
+
+The lines with -- are options, off by default: then this is the paper's method, but for the deviations that the heads of
+the other scripts list.
 
 Each step is a script that also runs alone; this one calls their functions in one process (eight stages of separate
 processes would spend longer importing than learning on the toy) and prints the shell command that does the same.
@@ -62,7 +65,7 @@ from rollout import RANK, TOY, Array, BadInput, require, say
 
 
 def _load_select():
-    """The script select.py, by file path: by name it could be the standard library's `select` (see its head)."""
+    """The script select.py, by file path: by name it could be the standard library's `select`."""
     spec = importlib.util.spec_from_file_location("cropi_select", Path(__file__).with_name("select.py"))
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -462,7 +465,7 @@ def run(
         selector: influence, inner, grad-norm, full, random, pass-rate, learnability, hardest, or FILE.py:FUNCTION.
         static: Choose once, before the first stage.
         refresh_every: Sample the stored trajectories anew every N stages; 0: never.
-        retry_failed: Before each later stage, sample N more for every training prompt that has only failures; 0: never.
+        retry_failed: Before each later stage, sample prompts that have only failures again, N times each; 0: never.
         retry_every: Do that every N stages.
         out: Folder of the run.  [default: runs/SELECTOR-SEED, or runs/FILE-FUNCTION-SEED]
         assignments: SCRIPT.OPTION=VALUE, such as train.lr=1e-4; repeat.

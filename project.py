@@ -3,7 +3,8 @@
     python project.py --model runs/mine/stage-01/model --trajectories runs/mine/rollouts/train \\
                       --out runs/mine/stage-02/gradients-train
 
-Reads   the current model θ and a folder of trajectories, which the behavior policy β sampled.
+Reads   the current model θ and a folder of trajectories, which the behavior policy β sampled (several policies, if
+        failures were retried).
 Writes  a folder with a shard for each shard of trajectories, with one row for each of the N live prompts in it. (A
         prompt is live if its trajectories did not all get the same reward. All other gradients are exactly 0.)
 
@@ -14,31 +15,31 @@ Writes  a folder with a shard for each shard of trajectories, with one row for e
     ess_token      float32 (N,)   effective sample size of the prompt's tokens: (Σρ)² / (their number · Σρ²), in (0, 1]
     ess_trajectory float32 (N,)   the same of its K trajectories, with the products Π_t ρ_it
     token_kl, mean_change, largest_change  float32 (N,)   KL(β‖π_θ) and |log ρ|, mean and largest, over its tokens
-    half_sketch    float32 (Q,k)  g̃ from the first half of the trajectories, for Q of the prompts (if K is even)
+    half_sketch    float32 (Q,k)  g̃ from one half of the trajectories (train.halves), for Q of the prompts, K even
     half_index     int32   (Q,)   their rows of the data set. If the halves disagree on the ranking, do not trust it.
 
-Prompt x has K trajectories τ_i ~ β with tokens a_it and histories h_it. Its gradient is that of its part of the first
-term of the objective (6) in `train.py`, without clipping, with the stored trajectories in place of fresh ones:
+Prompt x has K trajectories τ_i ~ β with tokens a_it and histories h_it. With w = ρ, its gradient is that of its part of
+the first term of the objective (6) in `train.py`, without clipping, with stored trajectories in place of fresh ones:
 
     ĝ(x;θ) = 1/K Σ_i 1/ℓ_i Σ_t w_it Â_i ∇log π_θ(a_it|h_it)                                                    (2)
     g̃(x;θ) = Φ M ĝ(x;θ)                                                                                       (3)
 
-ℓ_i is |τ_i|; `--loss` changes it, and `--mask-truncated` gives truncated completions weight 0, as in training. The
-mean length of dapo is that of the whole set's completions.
+ℓ_i is |τ_i|; `--loss` changes it, and dr_grpo Â_i, too. `--mask-truncated` gives truncated completions weight 0, as in
+training. The mean length of dapo is that of the whole set's completions.
 
-With ρ_it = π_θ(a_it|h_it) / β(a_it|h_it), `--ratio` sets the weight w_it, and `--cap` an upper bound on it:
+With ρ_it = π_θ(a_it|h_it) / β(a_it|h_it), `--ratio` sets the importance weight w_it, and `--cap` its upper bound:
 
     none 1       token ρ_it (the paper's)       prefix Π_{t'<=t} ρ_it'     sequence Π_t' ρ_it'
 
 M, the mask, keeps coordinate j of the gradient with probability κ_j, and divides it by √κ_j. κ is the same within a
-tensor. On average every tensor keeps the same number of coordinates, or all if it has fewer; altogether a share r.
+tensor: min(1, quota / its size), with a quota such that a share r of all coordinates is kept.
 
 Φ, the random projection (k × all coordinates), has a single ±1 in each column: coordinate j is added, with its sign, to
 one of k buckets. The sign is the product of a sign of the coordinate's row and a sign of its column in its tensor. The
 bucket is (j + shift) mod q, with j counted row by row in the tensor. The shift is random for each tensor. q is the
-largest prime up to k. So the flattened tensor is cut into laps of q numbers, which are added up: two coordinates of a
-tensor meet in a bucket only if they are a multiple of q apart. (The lap is prime because, if it shared a factor with
-the width of a tensor, large parts of a column would meet.)
+largest prime up to k; buckets from q on stay 0. So the flattened tensor is cut into laps of q numbers, which are added
+up: two coordinates of a tensor meet in a bucket only if they are a multiple of q apart. (The lap is prime because, if
+it shared a factor with the width of a tensor, large parts of a column would meet.)
 
 Over the parameters that are covered E⟨g̃, g̃'⟩ = ⟨ĝ, ĝ'⟩, and with z_jm = g_j g'_m + g_m g'_j
 
@@ -301,7 +302,7 @@ class GradientSketcher:
         return forward_hook
 
     def sketch(self, batch: Batch, temperature: float) -> tuple[Tensor, Tensor]:
-        """g̃(x;θ) of the batch's P pieces, (P, k) float32, and log π_θ of its tokens, (T,)."""
+        """The share in g̃(x;θ) of each of the batch's P pieces, (P, k) float32, and log π_θ of its tokens, (T,)."""
         self.sketches = torch.zeros(len(batch.ids), self.projection.k, device=batch.ids.device)
         logps, _ = completion_logps(self.model, batch, temperature)
         # A sum over prompts. They do not meet in the network, so each has a δ of its own.
@@ -420,8 +421,8 @@ def project(
     inputs = {"model": rollout.model_identity(model), "data": sampled["inputs"]["data"]}
     options["temperature"] = temperature = sampled["options"]["temperature"]
     live, longest = sums["live"], sampled["options"]["max_tokens"]
-    kept = sums["tokens"] - mask_truncated * sums["truncated"] * longest  # a truncated one has this length
-    inputs["length"] = (kept or 1) / sums["trajectories"] if loss == "dapo" else None  # the mean over the whole set
+    trained = sums["tokens"] - mask_truncated * sums["truncated"] * longest  # a truncated one has this length
+    inputs["length"] = (trained or 1) / sums["trajectories"] if loss == "dapo" else None  # the mean over the whole set
     weighing = Loss(loss, inputs["length"] or longest, mask_truncated)
     recipe = rollout.make_recipe("gradients", CODE, options, **inputs)
     of_shards = [record["recipe"]["shard"] | {"trajectories": record["identity"]} for record in shards.values()]

@@ -27,7 +27,7 @@ no top-p and no top-k, because both would change the ratios π/β in the off-pol
 Numbers are float32. On CUDA, rollouts and scoring have bfloat16 weights by default, and training has float32 weights
 with bfloat16 products (`--dtype`); log-softmax, advantages, AdamW's moments and sketches stay float32. Attention is
 torch's scaled_dot_product_attention ("sdpa"). On CPUs, the same command gives the same bytes with the same number of
-threads. On GPUs, `--deterministic` asks torch for algorithms that do.
+threads. On GPUs, `--deterministic` asks torch for algorithms that give the same bytes, too.
 
 Deviations from the paper (and from its released code):
  1. Log-probs of β are stored when they are sampled (released: recomputed by the base model at temperature 1).
@@ -172,8 +172,8 @@ def join(parts: Sequence[Trajectories]) -> Trajectories:
 
 
 def group_advantages(rewards: Tensor, scale: bool = True) -> Tensor:
-    """Â_i = (R_i - mean R) / (std R + 1e-6): (N, K) -> (N, K), for equations 2 and 6. The variance of a group is its
-    sum of squares divided by its size - 1.
+    """Â_i = (R_i - mean R) / (std R + 1e-6): (N, K) -> (N, K), for equations 2 and 6. The variance of a group is the
+    sum of squared deviations, divided by its size - 1.
 
     Args:
         rewards: NaN where a group has fewer than K trajectories; Â is 0 there.
@@ -206,11 +206,11 @@ def sample_trajectories(
     policy: PreTrainedModel | None = None,
     allowed: float | None = None,
 ) -> Trajectories:
-    """K verified trajectories for each of the N picked rows.
+    """K verified trajectories for each of N rows of the data.
 
     Args:
         prompts: token ids, `prompts[n]` for `rows[n]`.
-        picked: the N places n.
+        picked: these rows n.
         o: options of `rollout`: samples (K), max_tokens, temperature, reward, reward_seconds.
         seed: with n it determines the random numbers of a row.
         policy: the policy that the engine should sample from, for its `check`.
@@ -310,8 +310,8 @@ def rollout(
     gather()
     if missing and RANK == 0 and retry:
         sums, before = totals(out), totals(retry)
-        won = f"{before['failures'] - sums['failures']} of {before['failures']} prompts with failures alone now have"
-        say(f"{out}: {won} a success, {before['live']} -> {sums['live']} live prompts")
+        won = f"{before['failures'] - sums['failures']} of {before['failures']} prompts with only failures"
+        say(f"{out}: {won} have a new group, {before['live']} -> {sums['live']} live prompts")
     elif missing and RANK == 0:
         sums = totals(out)
         mean, cut, solved = (sums[name] / sums["trajectories"] for name in ("rewards", "truncated", "solved"))
@@ -346,8 +346,8 @@ def make_shards(missing: dict[Path, dict], rows: Prompts, o: SimpleNamespace) ->
 
 
 def replace_failures(stored: Trajectories, fresh: Trajectories) -> Trajectories:
-    """The stored groups. A group with nothing but failures is replaced by the fresh one, if that has a success. (So the
-    fresh groups are no fair sample of the policy: they are kept because they have a success.)"""
+    """The stored groups. A group with nothing but failures is replaced by the fresh one, if that has anything else. (So
+    the fresh groups are no fair sample of the policy: they are kept because of their rewards.)"""
     won = np.setdiff1d(np.arange(len(fresh.sizes)), fresh.failures())
     kept = np.flatnonzero(~np.isin(stored.prompt_index, fresh.prompt_index[won]))
     made = join([stored.take(kept), fresh.take(won)])
@@ -366,7 +366,7 @@ def retry_recipes(recipe: dict, folder: Path) -> list[dict]:
     made, now = ([r["options"] | free, r["inputs"]["data"]] for r in (stored, recipe))
     ways = "--retry needs trajectories of the same data and options"
     require(made == now, f"{folder}: {' and '.join(differences(stored, recipe)[:5])}; {ways}")
-    models = {"retry": [stored["inputs"]["model"], *(stored["inputs"]["retry"] or [])]}  # all that sampled a group
+    models = {"retry": [stored["inputs"]["model"], *(stored["inputs"]["retry"] or [])]}  # all before
     recipe = recipe | {"inputs": recipe["inputs"] | models}
     return [recipe | {"shard": r["recipe"]["shard"] | {"trajectories": r["identity"]}} for r in records.values()]
 
@@ -602,7 +602,7 @@ def fitting_prompts(
     return fit
 
 
-ROOM = ("max_position_embeddings", "sliding_window", "window_size", "attention_chunk_size")  # train.py has none
+ROOM = ("max_position_embeddings", "sliding_window", "window_size", "attention_chunk_size")  # not in train.py's masks
 
 
 def model_folder(model: Path) -> Path:

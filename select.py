@@ -13,7 +13,7 @@ Writes  the chosen of the pool's N prompts, and the scores of all, NaN where the
     ranked    int64   (top,)  the chosen rows of the data set, best first; fewer than `top` if no more can be chosen
     score     float64 (N,)    the selector's score, higher is better
     pass_rate float64 (N,)    mean reward of the stored trajectories
-    cosine    float64 (N,V)   with each validation set
+    cosine    float64 (N,V)   with each validation set that has a live prompt, if the selector asks for gradients
     rank      int64   (N,V)   by this cosine among the live prompts, 1 is best, 0 marks a prompt that is not live
 
 The facts and a printed table hold `diagnostics`: how stale the trajectories are, how far two halves of them agree on
@@ -21,14 +21,15 @@ the ranking, and which simpler rankings it resembles. A warning says if it shoul
 share the mean and the standard deviation of its rewards, so they are not quite independent.)
 
 J_x is the expected reward on prompt x, J_v its mean over validation set v. A small step of size η along ∇J_x changes
-J_v by η⟨∇J_v, ∇J_x⟩ (1), to first order. (This holds for a plain gradient step; training uses AdamW.) So x is scored by
+J_v by η⟨∇J_v, ∇J_x⟩ (1), to first order. (This holds for a plain gradient step; training uses AdamW.) Sketches stand
+for these gradients, and cosines for the inner products, so that long gradients do not win:
 
     cosine_v(x) = cos( g̃(x), mean of g̃ over the live prompts of v )                                           (4)
-    score(x)    = Σ_v 1/rank_v(x)  over the sets v with rank_v(x) <= top                                      (5)
+    score(x)    = Σ_v 1/rank_v(x)  over the sets v with rank_v(x) <= top  and  cosine_v(x) > 0 (deviation 4)  (5)
 
 and the `top` = max(1, round(frac·N)) best are chosen, N being the whole pool. Only live prompts have a gradient. If
-fewer than `top` are live and point towards a set (deviation 4), all of these are chosen. (Validation prompts that are
-not live would only scale the mean.) Equal fused scores are ordered by mean cosine, then by index.
+fewer than `top` are live and have a positive cosine, all of these are chosen. (Validation prompts that are not live
+would only scale the mean.) Equal fused scores are ordered by mean cosine, then by index.
 
 Deviations from the paper (and from its released code):
  1. Equal fused scores are ordered by mean cosine (released: the prompt of the first set comes first).
@@ -43,8 +44,8 @@ Deviations from the paper (and from its released code):
          0.5   0.70   0.76   0.78
 
  5. A validation set without a live prompt is not used for scoring: it is solved if its mean reward is at least 0.95,
-    else stuck. If no set is left, or no prompt can be chosen, the curriculum ends; in the first stage this is an error,
-    unless all sets are solved.
+    else stuck. (The stored trajectories decide; new ones may change it.) If no set is left, or no prompt can be chosen,
+    the curriculum ends; in the first stage this is an error, unless all sets are solved.
 
 A selector is a function of any of these parameters, by name. Files that none of its parameters needs are not made. N is
 the whole pool; NaN stands for unknown, or not live:
@@ -144,14 +145,15 @@ def top_count(frac: float, pool: int) -> int:
 # ---------------------------------------------------------------------------------------------------------------------
 # The selectors
 
-CLOSE = 1e-9  # scores closer than this are equal; ties are broken by adding a number below it
+CLOSE = 1e-9  # scores closer than this are equal; ties are broken by adding less than it
 
 
 def influence(cosine: Array, frac: float, sign: str) -> Array:
     """Equation 5; ties by mean cosine. `sign` says which prompts may be chosen. any: all (the paper's). set: those with
     a positive cosine with some set, and only ranks of positive cosines count. mean: those with a positive mean."""
     rank, mean = ranks(cosine), cosine.mean(1)
-    rank, allowed = np.where((cosine > 0) | (sign != "set"), rank, len(rank) + 1), {"set": cosine.max(1), "mean": mean}
+    rank = np.where((cosine > 0) | (sign != "set"), rank, len(rank) + 1)  # too low to count
+    allowed = {"set": cosine.max(1), "mean": mean}
     fused = reciprocal_rank_fusion(rank, top_count(frac, len(cosine)))
     tie = 1 - ranks(mean[:, None])[:, 0] / len(cosine)  # in [0, 1), larger for a larger mean cosine
     return np.where(np.isnan(mean) | (allowed.get(sign, 1) <= 0), np.nan, fused + CLOSE * tie)
@@ -457,13 +459,13 @@ def select(
     Args:
         out: Selection file to write; a CSV goes beside it.
         trajectories: The pool's trajectories (not for full, random).
-        gradients: The pool's gradients (for influence).
+        gradients: The pool's gradients (for influence, inner, grad-norm).
         valid_gradients: The same of a validation set; repeat.
         selector: influence, inner, grad-norm, full, random, pass-rate, learnability, hardest, or FILE.py:FUNCTION.
         frac: Share of the pool to choose.
-        sign: Choose any, with a positive cosine with a set, or with a positive mean cosine.
+        sign: Choose any; only with a positive cosine with some set; or only with a positive mean cosine.
         previous: Selection of the stage before, for a comparison.
-        stage: Number of the stage, for selectors that ask for it.
+        stage: Number of the stage: for selectors that ask; an empty selection is an error in the first.
     """
     o, beside, before = SimpleNamespace(**locals()), out.with_suffix(".csv"), None
     clear = beside not in (out, Path(data)) and not out.is_dir()
@@ -523,7 +525,7 @@ def check_gradients(gradients: Path, valid_gradients: list[Path], trajectories: 
         valid[name], recipe = identities(folder, "gradients")
         options = recipe["options"] | {"halves": projection["halves"]}
         comparable = (recipe["inputs"]["model"], options) == (model, projection)
-        wrong = f"{folder} was made with another model, temperature or projection than {gradients}"
+        wrong = f"{folder} was made with another model or other options than {gradients}"
         require(comparable, f"{wrong}; run project.py again for both")
     return {"gradients": ids, "valid_gradients": valid, "model": model}
 

@@ -11,23 +11,23 @@ Writes  into the folder --out:
     completions.jsonl        for people: of each step the best and the worst completion of a prompt
     checkpoint/STEPS/        every --save-every seconds, until the model is there: weights, moments, lines so far
 
-A step samples K completions for each of B prompts and ascends
+A step samples K completions for each of B prompts and ascends the objective
 
-    J = 1/(BK) Σ_x Σ_i 1/ℓ_i Σ_t [ min(ρ_it Â_i, clip(ρ_it, 1-ε, 1+ε) Â_i) - c_KL KL_it + c_E E_it ]       (6)
+    1/(BK) Σ_x Σ_i 1/ℓ_i Σ_t [ min(ρ_it Â_i, clip(ρ_it, 1-ε, 1+ε) Â_i) - c_KL KL_it + c_H H_it ]           (6)
 
     x     one of the step's B prompts; τ_i one of its K completions; a_it one of its |τ_i| tokens, after history h_it
     ℓ_i   = |τ_i|, the paper's; `--loss` has others
-    Â_i   = (R_i - mean R) / (std R + 1e-6)       over the K completions of the prompt; std divides by K - 1
-    ρ_it  = π_θ(a_it|h_it) / β(a_it|h_it), β being the policy that sampled this step;  ε is `--clip`, or `--clip-high`
+    Â_i   = (R_i - mean R) / (std R + 1e-6)       over the K completions of the prompt; the variance divides by K - 1
+    ρ_it  = π_θ(a_it|h_it) / β(a_it|h_it), β being what sampled this step;  ε is `--clip`, above 1 `--clip-high`
     KL_it = u - log u - 1 with u = π_θ0(a_it|h_it) / π_θ(a_it|h_it), Schulman's estimate known as k3;  c_KL is `--kl`
-    E_it  = entropy of π_θ(.|h_it);  c_E is `--entropy`
+    H_it  = entropy of π_θ(.|h_it);  c_H is `--entropy`
 
 Completions come from the policy itself, or from vLLM (`--engine`), which takes over the policy's weights after every
 step. Then its log-probs are compared with the policy's, and a difference stops the run. Weights are float32; with
 `--dtype bfloat16`, the default on CUDA, matrix products are autocast.
 
-`project.py` takes the gradient of the first term prompt by prompt, without clipping. So prompts are ranked by the
-gradient that training follows. For ablations, `--loss` sets the weight of a token, here and there:
+`project.py` takes the gradient of the first term prompt by prompt, without clipping. So prompts are ranked by this part
+of the gradient that training follows. For ablations, `--loss` sets the weight of a token, here and there:
 
     grpo     ℓ_i = |τ_i|: every completion weighs the same
     dapo     ℓ_i = the mean |τ| of the step's completions: every token weighs the same (Yu et al., 2503.14476)
@@ -40,10 +40,10 @@ Deviations from the paper's RL stage (and from the released code, whose RL is ve
  2. The prompts of a step are drawn from the selection without replacement, anew at each step (no epochs).
  3. Toy defaults: 64 prompts a step (paper: 128), learning rate 5e-5 (paper: 1e-6, for a 1.5B model), 40 steps a stage
     (released code: 10; at equal steps 40 are as accurate here, and scoring is paid less often: docs/results.md).
- 4. The KL term's reference is θ_0 in every stage (released: the first policy of each stage).
+ 4. In a run of cropi.py the KL term's reference is θ_0 in every stage (released: the first policy of each stage).
  5. The loss averages over the tokens of a sequence, then over sequences (released: over all tokens of a batch; on the
     toy the two gradients have a cosine of 0.97). So the released code ranks by another gradient than it trains with.
- 6. AdamW's moments are kept between stages (released: reset); its weight decay is 0 (verl: 0.01).
+ 6. There AdamW's moments are kept between stages, too (released: reset); its weight decay is 0 (verl: 0.01).
  7. Weights are float32 (released: bfloat16).
  8. The standard deviation of Â has 1e-6 added, here and in project.py (released influence code: 1e-4).
  9. Ratios use the log-probs that the sampling engine reported (verl recomputes them with the trainer).
@@ -94,8 +94,8 @@ class Loss:
 
     Args:
         length: ℓ of dapo and dr_grpo.
-        mask_truncated: truncated completions have weight 0, and their tokens do not count in dapo's mean length; their
-            rewards stay in the Â of the others.
+        mask_truncated: truncated completions have weight 0, and length 0 in dapo's mean; their rewards stay in the Â
+            of the others.
     """
 
     name: LossName = "grpo"
@@ -208,7 +208,7 @@ def halves(rewards: Array) -> list[Array]:
     """
     order = np.argsort(rewards, kind="stable")[: np.count_nonzero(~np.isnan(rewards))]  # NaN: no trajectory
     one, other = order[::2], order[1::2]  # the second has the higher rewards, if they are not equal
-    return [one, other] if one.sum() % 2 else [other, one]  # so let the trajectories' numbers decide which is first
+    return [one, other] if one.sum() % 2 else [other, one]  # their numbers toss a fixed coin for which is first
 
 
 def micro_batches(
@@ -404,12 +404,12 @@ def grpo_step(
     loss: Loss = Loss(),
     clip_high: float | None = None,
 ) -> dict[str, float]:
-    """Add the gradient of -J (6) to the parameters' `.grad`, micro-batch by micro-batch.
+    """Add the gradient of minus the objective (6) to the parameters' `.grad`, micro-batch by micro-batch.
 
-    Returns J; sums over the tokens of live groups (the KL, the entropy, ratios outside 1 ± ε, |log ρ|, the number of
-    tokens); and the largest |log ρ|.
+    Returns this process's part of the objective; sums over the tokens of live groups (the KL, the entropy, ratios
+    outside 1 ± ε, |log ρ|, the number of tokens); and the largest |log ρ|.
 
-    Every sequence weighs 1/(BK) whichever micro-batch it is in, so their size changes nothing beyond rounding.
+    A token weighs 1/(BKℓ_i) whichever micro-batch it is in, so their size changes nothing beyond rounding.
 
     Args:
         trajectories: those of this process.
@@ -666,7 +666,8 @@ def update(
     batch: Sequence[int],
     loss: Loss = Loss(),
 ) -> dict:
-    """Ascend J on a step's batch of prompts; each process has the trajectories of some. Returns what `metrics` needs.
+    """Ascend the objective on a step's batch of prompts; each process has the trajectories of some. Returns what
+    `metrics` needs.
 
     Raises:
         BadInput: NaN or infinity in the gradient.

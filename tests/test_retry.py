@@ -71,7 +71,7 @@ def test_failures_give_way_to_the_first_group_with_a_success(folders, capsys):
     rollout.rollout(**again(folders))  # nothing is left to do, and nothing is said
     assert capsys.readouterr().out == ""
     rollout.rollout(**again(folders) | {"out": folders / "twice", "retry": folders / "retried", "seed": 8})
-    assert f"of {len(failed) - len(won)} prompts with failures alone now have a success" in capsys.readouterr().out
+    assert f"of {len(failed) - len(won)} prompts with only failures have a new group" in capsys.readouterr().out
     twice = groups(load_all_ragged(folders / "twice"))
     assert all(twice[i] == made[i] for i in range(60) if any(rewards_of(made[i])))
     assert all(any(rewards_of(twice[i])) for i in range(60) if twice[i] != made[i])
