@@ -6,7 +6,9 @@
 Nothing is loaded but the config (the model stands on the meta device) and, to count prompts, the data. Where data
 cannot be opened, `--prompts NAME=COUNT` says how many there are, NAME being train, valid-SET or test-SET.
 
-Sketches also cost launches of small operations, whose number depends only on the number of weight tensors.
+Time is that of the FLOPs, or that of starting small operations if it is longer. Sketches start some for every weight
+tensor, attention for every layer, prompt and completion (in rows longer than `train.LONG` tokens). On an H200, with
+Qwen2.5-1.5B's shape and short completions, this is what scoring and training wait for (bench/gpu.py).
 
 A forward pass costs, per token, 2 FLOPs for each weight of a linear layer and 4 · layers · width for each token that it
 looks back on; a backward pass twice that. Guesses are options: the mean lengths (by default, completions are as long as
@@ -56,11 +58,13 @@ sys.path.insert(0, str(ROOT))
 import cropi  # noqa: E402
 import rollout  # noqa: E402
 from cropi import select  # noqa: E402
+from project import GradientSketcher  # noqa: E402
 from rollout import BadInput, above_zero, command_line, require  # noqa: E402
-from train import LOGITS, decoder_layers  # noqa: E402
+from train import LOGITS, LONG, decoder_layers  # noqa: E402
 
 SKETCH = 8  # operations for each weight tensor and prompt, at most, beside the one that makes its gradient
-LAUNCH = 1e-5  # seconds, of an operation that has next to nothing to do
+ATTENTION = 6  # the same for each layer, sequence and pass forward (a pass backward counts as two)
+LAUNCH = 3.5e-5  # seconds, of an operation that has next to nothing to do: 100,179 of them took an H200 3.46 s
 
 
 def defaults(script: str) -> dict:
@@ -82,7 +86,8 @@ class Costs:
         self.ends = self.weights - sum(p.numel() for block in blocks for p in block.parameters())
         layers = [m for m in model.modules() if isinstance(m, nn.Linear | nn.Embedding)]
         called = [p for m in layers for p in m.parameters()]  # a tied weight twice
-        self.sketch_launches = (1 + SKETCH) * len(called)
+        self.sketched = [p.numel() for p in called]
+        self.sketch_launches = (1 + SKETCH) * len(called)  # of a batch that holds one prompt
         self.signs = sum(p.shape[0] + math.prod(p.shape[1:]) for p in {id(p): p for p in called}.values())
         features = sum(m.in_features + m.out_features for m in model.modules() if isinstance(m, nn.Linear))
         self.activations = 2.5 * (
@@ -204,19 +209,14 @@ def plan(
         speed: float,
         memory: float,
         disk: float,
-        launches: int = 0,
+        launches: float = 0,
     ) -> None:
-        """`groups` prompts with K samples, `passes` forward passes and so many launches each."""
+        """`groups` prompts with K samples, `passes` forward passes and, beside attention's, so many launches each."""
         flops, tokens = groups * passes * costs.forward(p, c, samples), groups * (p + samples * c)
-        row = {
-            "what": what,
-            "prompts": groups,
-            "tokens": tokens,
-            "flops": flops,
-            "hours": flops / speed / 3.6e15 / gpus,
-        }
-        row["hours"] += groups * launches * LAUNCH / 3600 / gpus
-        rows.append(row | {"memory": memory, "disk": disk})
+        row = {"what": what, "prompts": groups, "tokens": tokens, "flops": flops}
+        launches += ATTENTION * passes * costs.layers * (samples + 1) * (passes > 1 and p + samples * c > LONG)
+        hours = max(flops / speed / 3.6e15, groups * launches * LAUNCH / 3600) / gpus
+        rows.append(row | {"hours": hours, "memory": memory, "disk": disk})
 
     weights = (4 if roll["dtype"] == "float32" else 2) * costs.weights
     vllm = 0 if roll["engine"] == "hf" else roll["gpu_memory"] * device_memory * 1e9
@@ -243,7 +243,10 @@ def plan(
             memory = weights + signs + 6 * costs.largest + 8 * score["k"] * min(roll["shard"], groups)
             memory += tokens * costs.activations + 12 * min(tokens * costs.vocabulary, LOGITS)
             halved = passes * live * min(score["halves"], groups) if samples % 2 == 0 else 0
-            disk, launches = (scored + halved) * 4 * score["k"], costs.sketch_launches
+            disk = (scored + halved) * 4 * score["k"]
+            batch, most = max(1, tokens // (p + samples * c)), GradientSketcher.MATRIX_ELEMENTS
+            shared = (min(batch, max(1, most // size)) for size in costs.sketched)  # prompts a launch
+            launches = (1 + SKETCH) * sum(1 / together for together in shared)
             add(f"scoring, {what}", scored, samples, 3, tflops, memory, disk, launches)
         seconds = costs.sketch_launches * LAUNCH
         print(
