@@ -328,13 +328,9 @@ def test_select(refused, world, tmp_path):
     refused("select", *out, *pool, *gradients, "--previous", w / "no.safetensors", says="no.safetensors: no such file")
     refused("select", *out, *pool, *gradients, "--previous", w / "g/00000.safetensors", says="holds gradients, where")
     project.project(trajectories=w / "v", out=tmp_path / "k", k=32)
-    refused(
-        "select", *out, *pool, *gradients[:2], "--valid-gradients", tmp_path / "k", says="other options"
-    )
+    refused("select", *out, *pool, *gradients[:2], "--valid-gradients", tmp_path / "k", says="other options")
     project.project(trajectories=w / "v", out=tmp_path / "seed", k=64, seed=1)
-    refused(
-        "select", *out, *pool, *gradients[:2], "--valid-gradients", tmp_path / "seed", says="other options"
-    )
+    refused("select", *out, *pool, *gradients[:2], "--valid-gradients", tmp_path / "seed", says="other options")
     train.train(selection=w / "s.safetensors", data=str(w / "train.jsonl"), out=tmp_path / "stage", steps=1)
     project.project(trajectories=w / "v", model=tmp_path / "stage/model", out=tmp_path / "moved", k=64)
     refused("select", *out, *pool, *gradients[:2], "--valid-gradients", tmp_path / "moved", says="another model")
