@@ -492,7 +492,7 @@ def run(
     require(not (static and (refresh_every or retry_failed)), f"--static chooses once; {again}")
     file, colon, function = selector.rpartition(":")
     out = out or Path("runs") / f"{Path(file).stem}{'-' * bool(colon)}{function}-{seed}"
-    ours = r"run\.safetensors|rollouts|stage-(?!00)\d+|(curve|selection)\.png|report\.json"
+    ours = r"run\.safetensors|rollouts|stage-(?!00)\d+|(curve|selection)\.png|report\.(json|html)|tensorboard"
     strange = [path.name for path in out.glob("[!.]*") if not re.fullmatch(ours, path.name)]
     wrong = f"{out} holds something else than a run of this version of the scripts ({', '.join(sorted(strange)[:3])})"
     require(not strange, f"{wrong}; choose a new --out")

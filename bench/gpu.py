@@ -1,6 +1,6 @@
 """What this project does on a GPU: is it right there, how fast is it, how much memory does it take?
 
-    python bench/gpu.py    # within eight minutes, without a network; writes docs/gpu.json
+    python bench/gpu.py    # three minutes on an H200, without a network; writes docs/gpu.json
 
 First `pytest -m gpu` (gradients against float64 on the CPU, packed rows against single sequences, sketches, the engine
 against the trainer), with vLLM installed `pytest -m "gpu or vllm"`. Then sampling, scoring and training with random

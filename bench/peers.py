@@ -840,6 +840,9 @@ def prepare(work: Path) -> None:
 
 
 def main(only: str | None, again: bool, work: Path) -> None:
+    absent = [name for name in PEERS if version(name) is None]
+    if absent:
+        sys.exit(f"error: {', '.join(absent)} not installed: bench/requirements-peers.txt (--page needs none)")
     torch.set_num_threads(CORES)
     stored = json.loads(FILE.read_text()) if FILE.exists() else {"rows": {}}
     versions = {name: version(name) for name in PEERS}

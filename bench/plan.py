@@ -169,6 +169,7 @@ def plan(
         raise BadInput(error.format_message()) from None
     gpus = gpus or run["processes"]
     ours = [f"rollout.limit={run['limit']}"] if run["limit"] else []
+    ours += [f"rollout.engine={run['engine']}"] if run["engine"] != "auto" else []
     chosen = cropi.parse_settings([*ours, *(run["assignments"] or [])])
     settings = {name: defaults(name) | options for name, options in chosen.items()}
     given = dict(text.split("=", 1) for text in prompts or [] if "=" in text)

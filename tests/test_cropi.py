@@ -508,6 +508,10 @@ def test_a_damaged_run_file_and_a_folder_of_something_else_are_refused(small_wor
         (out / "run.safetensors").write_bytes(damaged)
         with pytest.raises(BadInput, match=r"run\.safetensors .*damaged"):
             run_small(small_world, "a", stages=1, selector="random")
+    (out / "run.safetensors").write_bytes(data)
+    (out / "report.html").write_text("made by bench/report.py")
+    (out / "tensorboard").mkdir()  # by docs/metrics.md
+    run_small(small_world, "a", stages=1, selector="random")
     (out / "run.safetensors").unlink()
     (out / "thesis.tex").write_text("precious")
     with pytest.raises(BadInput, match=r"something else than a run of this version of the scripts \(thesis\.tex\)"):
