@@ -179,7 +179,10 @@ def plan(
         if name in given:
             require(given[name].isdigit(), f"--prompts {name}={given[name]}: not a number")
             return int(given[name])
-        return len(cropi.read(settings, "rollout" if name == "train" else name.partition("-")[0], source))
+        try:
+            return len(cropi.read(settings, "rollout" if name == "train" else name.partition("-")[0], source))
+        except BadInput as error:
+            raise BadInput(f"{error}; or say how many prompts it has: --prompts {name}=COUNT") from None
 
     pool = count("train", run["pool"])
     sets = {kind: cropi.set_names(run[kind], f"{kind}-").items() for kind in ("valid", "test")}

@@ -1,6 +1,7 @@
 """What the tests share: the toy model, a policy that has moved away from it, ragged trajectories, and our files."""
 
 import copy
+import importlib.util
 import os
 import subprocess
 import sys
@@ -29,6 +30,11 @@ def processes(count: int, *words: object) -> subprocess.CompletedProcess:
     """A command in so many processes, each of one thread."""
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
     return subprocess.run([*launch, *map(str, words)], env=THREADS, capture_output=True, text=True, timeout=300)
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("vllm") and not importlib.util.find_spec("vllm"):
+        pytest.exit("vLLM is not installed: requirements-vllm.txt, or on a CPU what .ci/run installs", 2)
 
 
 @pytest.fixture(scope="session")
