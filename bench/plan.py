@@ -64,8 +64,9 @@ from train import LOGITS, LONG, decoder_layers  # noqa: E402
 
 SKETCH = 8  # operations for each weight tensor and prompt, at most, beside the one that makes its gradient
 ATTENTION = 6  # the same for each layer, sequence and pass forward (a pass backward counts as two)
-LAUNCH = 3.5e-5  # seconds, of an operation that has next to nothing to do: so docs/gpu.json's scoring comes out at 0.94
-# of the seconds measured there, and its training at 1.0
+# Seconds of an operation that has next to nothing to do. With this number the plan of scoring is 0.94 of the seconds in
+# docs/gpu.json, and that of training 1.0.
+LAUNCH = 3.5e-5
 
 
 def defaults(script: str) -> dict:
