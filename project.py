@@ -249,7 +249,7 @@ class GradientSketcher:
         BadInput: the model has weight matrices outside nn.Linear and nn.Embedding.
     """
 
-    MATRIX_ELEMENTS = 1 << 20  # numbers of per-prompt weight gradients held at a time (or those of one prompt)
+    MATRIX_ELEMENTS = 1 << 20  # numbers of per-prompt weight gradients made at a time on a CPU (or those of one prompt)
 
     def __init__(
         self,
@@ -275,6 +275,7 @@ class GradientSketcher:
         # Per-prompt weight gradients are made in this memory, some prompts at a time; fresh memory each time is slower.
         largest = max(sizes.values())
         self.workspace = torch.empty(max(largest, self.MATRIX_ELEMENTS), device=model.device, dtype=model.dtype)
+        self.together = self.MATRIX_ELEMENTS if model.device.type == "cpu" else len(self.workspace)
         self.projection = SparseProjection(shapes, keep, k, seed, self.workspace)
         self.sketches = torch.empty(0, k)  # (P, k) of the batch under way
         self.hooks = [
@@ -315,7 +316,7 @@ class GradientSketcher:
         weight, prompts = self.weights[name], len(self.sketches)
         layout = delta.ndim == 3 and len(delta) == prompts
         require(layout, f"{name} does not see its tokens prompt by prompt; this kind of model is not covered")
-        step = max(1, self.MATRIX_ELEMENTS // weight.numel())
+        step = max(1, self.together // weight.numel())
         for sketch, a, d in zip(*(x.split(step) for x in (self.sketches, taken, delta)), strict=True):
             gradient = self.workspace[: len(d) * weight.numel()].view(len(d), *weight.shape)
             if weight.ndim == 1:

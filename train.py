@@ -236,7 +236,7 @@ def micro_batches(
 
 
 CACHE = 1024  # tokens whose activations stay in a CPU's cache; bench/speed.py tries other sizes
-LONG = 256  # in rows of more tokens, attention is computed completion by completion
+LONG = 256  # in rows of more tokens, attention is computed sequence by sequence
 
 
 def completion_logps(
@@ -250,7 +250,7 @@ def completion_logps(
     segment, (rows, width), options = batch.segment, batch.ids.shape, {}
     if width > LONG:
         model.set_attn_implementation(rollout.our_attention())
-        options["segments"] = [attention_masks(row) for row in segment]
+        options["sequences"] = attention_sequences(segment)
         seen = segment.new_zeros(rows, 0, 0).bool()  # not used
     else:
         before = torch.ones(width, width, dtype=torch.bool, device=segment.device).tril()
@@ -271,13 +271,20 @@ def completion_logps(
     return logps[batch.valid], entropy[batch.valid]
 
 
-def attention_masks(segment: Tensor) -> list[tuple[int, Tensor | None]]:
-    """Width and mask of the prompt and of each completion in a row (W,). A completion's mask, (1, 1, its width, prompt
-    and its width), says which tokens of [the prompt; itself] each of its tokens sees."""
-    prompt, *completions = segment[segment >= 0].unique_consecutive(return_counts=True)[1].tolist()
-    everything = functools.partial(torch.ones, dtype=torch.bool, device=segment.device)
-    masks = [(width, everything(width, prompt + width).tril(prompt)[None, None]) for width in completions]
-    return [(prompt, None), *masks]
+def attention_sequences(segment: Tensor) -> rollout.Sequences:
+    """The prompts and completions in the rows of a batch; `segment` (P, W) is the batch's."""
+    queries: list[Array] = []
+    keys: list[Array] = []
+    for first, row in zip(range(0, segment.numel(), segment.shape[1]), segment.cpu().numpy(), strict=True):
+        widths = np.unique(row[row >= 0], return_counts=True)[1]
+        prompt, *completions = np.split(first + np.arange(widths.sum()), np.cumsum(widths)[:-1])
+        queries += [prompt, *completions]
+        keys += [prompt, *(np.concatenate([prompt, completion]) for completion in completions)]
+    few, many = list(map(len, queries)), list(map(len, keys))
+    ends = np.cumsum([[0, *few], [0, *many]], 1, dtype=np.int32)
+    to = functools.partial(torch.as_tensor, device=segment.device)
+    places = to(np.concatenate(queries)), to(np.concatenate(keys))
+    return rollout.Sequences(*places, list(zip(few, many, strict=True)), to(ends))
 
 
 def token_logps(

@@ -1,6 +1,6 @@
 """What this project does on a GPU: is it right there, how fast is it, how much memory does it take?
 
-    python bench/gpu.py    # three minutes on an H200, without a network; writes docs/gpu.json
+    python bench/gpu.py    # two minutes on an H200, without a network; writes docs/gpu.json
 
 First `pytest -m gpu` (gradients against float64 on the CPU, packed rows against single sequences, sketches, the engine
 against the trainer), with vLLM installed `pytest -m "gpu or vllm"`. Then sampling, scoring and training with random
@@ -161,7 +161,7 @@ def measure(config: Path, prompts: int, length: int, tokens: int) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, default=ROOT / "bench/configs/Qwen2.5-1.5B-Instruct.json")
-    parser.add_argument("--prompts", type=int, default=32)
+    parser.add_argument("--prompts", type=int, default=64)
     parser.add_argument("--prompt-tokens", type=int, default=128)
     parser.add_argument("--completion-tokens", type=int, default=128)
     parser.add_argument("--json", type=Path, default=ROOT / "docs/gpu.json")

@@ -7,8 +7,7 @@ Nothing is loaded but the config (the model stands on the meta device) and, to c
 cannot be opened, `--prompts NAME=COUNT` says how many there are, NAME being train, valid-SET or test-SET.
 
 Time is that of the FLOPs, or that of starting small operations if it is longer. Sketches start some for every weight
-tensor, attention for every layer, prompt and completion (in rows longer than `train.LONG` tokens). On an H200, with
-Qwen2.5-1.5B's shape and short completions, this is what scoring and training wait for (bench/gpu.py).
+tensor. On an H200, with Qwen2.5-1.5B's shape and short completions, this is what scoring waits for (bench/gpu.py).
 
 A forward pass costs, per token, 2 FLOPs for each weight of a linear layer and 4 · layers · width for each token that it
 looks back on; a backward pass twice that. Guesses are options: the mean lengths (by default, completions are as long as
@@ -17,7 +16,7 @@ in sampling, which waits for memory, than in scoring and training.
 
 Memory is that of the largest batch, of `batch_tokens` tokens, or of one trajectory if that is longer:
 - activations: in scoring 2.5 bytes for each input and output of a linear layer, and token, in training 3.3. With these
-  the plan is 1.12 and 1.02 times what an H200 held at most (bench/gpu.py, shape of Qwen2.5-1.5B). With gradient
+  the plan is 1.20 and 1.07 times what an H200 held at most (bench/gpu.py, shape of Qwen2.5-1.5B). With gradient
   checkpointing it is one layer's share, and 4 bytes times the width for each of the others.
 - log-probs over the vocabulary, 12 bytes in scoring and 20 in training for each token and entry, of `train.LOGITS`
   entries at most,
@@ -25,7 +24,8 @@ Memory is that of the largest batch, of `batch_tokens` tokens, or of one traject
   bfloat16 that autocast keeps (2),
 - scoring: weights, a sign for each row and column of a matrix (with r below 1 also a byte a coordinate), the gradient
   of the largest tensor, the sketches of a shard, twice,
-- vLLM, while it samples: its share of the device (`gpu_memory`) beside what the scripts hold.
+- vLLM, while it samples: its share of the device (`gpu_memory`) beside what the scripts hold. With transformers: keys
+  and values in bfloat16, and 20 bytes for each sequence and entry of the vocabulary.
 
 With `--gpus N`, each of N processes has a GPU and computes an N-th of everything. Memory is that of one GPU. Training
 is planned twice: with all weights on each GPU, and with a share of them (`train.shard_weights`). Then a GPU holds,
@@ -60,13 +60,10 @@ import rollout  # noqa: E402
 from cropi import select  # noqa: E402
 from project import GradientSketcher  # noqa: E402
 from rollout import BadInput, above_zero, command_line, require  # noqa: E402
-from train import LOGITS, LONG, decoder_layers  # noqa: E402
+from train import LOGITS, decoder_layers  # noqa: E402
 
 SKETCH = 8  # operations for each weight tensor and prompt, at most, beside the one that makes its gradient
-ATTENTION = 6  # the same for each layer, sequence and pass forward (a pass backward counts as two)
-# Seconds of an operation that has next to nothing to do. With this number the plan of scoring is 0.94 of the seconds in
-# docs/gpu.json, and that of training 1.0.
-LAUNCH = 3.5e-5
+LAUNCH = 4e-5  # seconds of an operation that has next to nothing to do (an H200)
 
 
 def defaults(script: str) -> dict:
@@ -96,7 +93,9 @@ class Costs:
             features - config.hidden_size - config.vocab_size
         )  # bytes a token, but for the head's
         heads = config.num_attention_heads
-        self.attention = 4 * self.layers * heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
+        size = getattr(config, "head_dim", None) or config.hidden_size // heads
+        self.attention = 4 * self.layers * heads * size
+        self.cached = 4 * self.layers * size * (getattr(config, "num_key_value_heads", None) or heads)  # bytes a token
 
     def forward(self, prompt: float, completion: float, samples: int) -> float:
         """FLOPs of a prompt and its K completions, the prompt computed once.
@@ -217,17 +216,16 @@ def plan(
         disk: float,
         launches: float = 0,
     ) -> None:
-        """`groups` prompts with K samples, `passes` forward passes and, beside attention's, so many launches each."""
+        """`groups` prompts with K samples, each so many forward passes and launches."""
         flops, tokens = groups * passes * costs.forward(p, c, samples), groups * (p + samples * c)
         row = {"what": what, "prompts": groups, "tokens": tokens, "flops": flops}
-        launches += ATTENTION * passes * costs.layers * (samples + 1) * (passes > 1 and p + samples * c > LONG)
         hours = max(flops / speed / 3.6e15, groups * launches * LAUNCH / 3600) / gpus
         rows.append(row | {"hours": hours, "memory": memory, "disk": disk})
 
     weights = (4 if roll["dtype"] == "float32" else 2) * costs.weights
     vllm = 0 if roll["engine"] == "hf" else roll["gpu_memory"] * device_memory * 1e9
-    if not vllm:  # keys, values and log-probs of a batch
-        vllm = roll["batch_tokens"] * (4 * costs.layers * costs.width + costs.vocabulary)
+    if not vllm:  # a batch on CUDA
+        vllm = 8 * roll["batch_tokens"] * (costs.cached + 20 * costs.vocabulary / (p + c))
 
     def add_rollouts(what: str, groups: int, samples: int) -> None:
         # bytes: prompt_index and prompt_length, ids; of each sample length, reward, truncated; ids and log-probs
@@ -250,8 +248,8 @@ def plan(
             memory += tokens * costs.activations + 12 * min(tokens * costs.vocabulary, LOGITS)
             halved = passes * live * min(score["halves"], groups) if samples % 2 == 0 else 0
             disk = (scored + halved) * 4 * score["k"]
-            batch, most = max(1, tokens // (p + samples * c)), GradientSketcher.MATRIX_ELEMENTS
-            shared = (min(batch, max(1, most // size)) for size in costs.sketched)  # prompts a launch
+            batch, most = max(1, tokens // (p + samples * c)), max(costs.largest, GradientSketcher.MATRIX_ELEMENTS)
+            shared = (min(batch, most // size) for size in costs.sketched)  # prompts a launch
             launches = (1 + SKETCH) * sum(1 / together for together in shared)
             add(f"scoring, {what}", scored, samples, 3, tflops, memory, disk, launches)
         seconds = costs.sketch_launches * LAUNCH

@@ -16,7 +16,7 @@ import train
 
 pytestmark = pytest.mark.gpu
 PROMPTS, SAMPLES, WORDS = 8, 4, 1000
-LONG = {False: (3, 20), True: (100, 140)}  # lengths of prompts; completions are as long. True: attention by segments
+LONG = {False: (3, 20), True: (100, 140)}  # lengths of prompts and of completions; True: attention by sequences
 
 
 @pytest.fixture(scope="module")
@@ -129,6 +129,22 @@ def test_sketches_keep_inner_products(policy, dtype, allowed):
         sketcher.projection.blocks[name] = tuple(x.cpu().double() if torch.is_tensor(x) else x for x in blocks)
         sketcher.projection.add(theirs, name, part.clone().view(PROMPTS, shape[0], -1))
     assert np.linalg.norm(found - theirs.numpy()) < allowed * theirs.norm()
+
+
+def test_deterministic_gives_the_same_bytes(policy, monkeypatch):
+    """Gradients of training and sketches, a second time; on a GPU without the option they differ."""
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    rollout.use_deterministic(True)
+    try:
+        trajectories, halved = some_trajectories(True), np.zeros(PROMPTS, bool)
+        first, second = (objective_gradient(policy, trajectories, "bfloat16") for _ in range(2))
+        assert torch.equal(first, second)
+        sketcher = project.GradientSketcher(copy.deepcopy(policy).bfloat16(), 512, 1.0, seed=0)
+        one, two = (project.project_groups(sketcher, trajectories, halved, 1.0, 2048)["sketch"] for _ in range(2))
+        sketcher.close()
+        assert np.array_equal(one, two)
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 def test_the_engine_samples_with_the_trainers_log_probs(policy):
