@@ -2,15 +2,17 @@
 
 import copy
 import importlib.util
+import multiprocessing
 import os
+import runpy
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from types import SimpleNamespace
 
-if "PYTEST_XDIST_WORKER" in os.environ:  # `pytest -n auto` runs a test on each core
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # `pytest -n auto` runs a test on each core; and forks need it
 
 import numpy as np
 import pytest
@@ -30,6 +32,26 @@ def processes(count: int, *words: object) -> subprocess.CompletedProcess:
     """A command in so many processes, each of one thread."""
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
     return subprocess.run([*launch, *map(str, words)], env=THREADS, capture_output=True, text=True, timeout=300)
+
+
+def run_script(*words: object) -> subprocess.CompletedProcess:
+    """`python SCRIPT ...` from the project's folder, in a process of its own. It is a fork of this one, which has made
+    the imports: they take longer than most commands. (CUDA forbids forks.)"""
+    command = list(map(str, words))
+    if torch.cuda.is_available():
+        return subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True)
+    with tempfile.TemporaryFile("w+") as output, tempfile.TemporaryFile("w+") as error:
+        fork = multiprocessing.get_context("fork").Process(target=_as_main, args=(command, output, error))
+        fork.start()
+        fork.join()
+        said = [file.seek(0) or file.read() for file in (output, error)]
+    return subprocess.CompletedProcess(command, fork.exitcode, *said)
+
+
+def _as_main(command: list[str], output, error) -> None:
+    os.chdir(ROOT)
+    sys.argv, sys.stdout, sys.stderr = command, output, error
+    runpy.run_path(command[0], run_name="__main__")
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

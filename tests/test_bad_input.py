@@ -502,7 +502,7 @@ def test_run(refused, world, tmp_path):
 
 
 # Every one of these, in every format that can say it: (name of the file, its bytes)
-BIG = "a" * 10_000_000
+BIG = "a" * 500_000
 MALFORMED = {
     "null.jsonl": b'{"prompt": "rev(12)=", "answer": "21"}\n\x00\x00\x00\n',
     "binary.jsonl": bytes(range(256)),

@@ -15,7 +15,7 @@ import pytest
 import scipy.stats
 import torch
 import typer
-from conftest import ROOT, identities, load_all, load_folder
+from conftest import ROOT, identities, load_all, load_folder, run_script
 from safetensors.numpy import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
@@ -169,7 +169,7 @@ def test_a_killed_study_goes_on_and_nothing_else_is_mixed_in(small_world):
     before = contents(out / "influence-0", "stage-*/**/*.safetensors")
     assert "stage-02/model/model.safetensors" in before and not (out / "full-0" / "report.json").exists()
 
-    again = subprocess.run(study(small_world), cwd=ROOT, capture_output=True, text=True)
+    again = run_script(*study(small_world)[1:])
     assert again.returncode == 0, again.stderr
     runs = ["full-0", "full-1", "influence-0", "influence-1"]
     assert sorted(path.parent.name for path in out.glob("*/report.json")) == runs
@@ -199,7 +199,7 @@ def test_a_killed_study_goes_on_and_nothing_else_is_mixed_in(small_world):
     assert written["curves"]["full"]["standard_errors"][1][2] == pytest.approx(scipy.stats.sem(rewards.mean(1)))
 
     everything = contents(out)
-    refused = subprocess.run(study(small_world, "--stages", "1"), cwd=ROOT, capture_output=True, text=True)
+    refused = run_script(*study(small_world, "--stages", "1")[1:])
     assert refused.returncode == 2 and "study was begun with --stages 2" in refused.stderr
     command = study(small_world)
     common = command[command.index("--") + 1 :]

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 import torch
-from conftest import ROOT, load_all
+from conftest import ROOT, load_all, run_script
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -457,8 +457,7 @@ def test_ctrl_c_ends_with_the_command_that_goes_on(whole, tmp_path):
     checkpoint = max((tmp_path / "run").glob(saved))
     log = rollout.load(checkpoint, "checkpoint")[1]["facts"]["log"]
     assert 0 < len(log) < 40
-    command = error.split(": ", 1)[1].split()
-    again = subprocess.run([sys.executable, *command[1:]], **where, capture_output=True, text=True)
+    again = run_script(*error.split(": ", 1)[1].split()[1:])
     assert again.returncode == 0, again.stderr
     assert f"resuming after step {len(log)} of 40" in again.stdout
     assert kill.result(tmp_path / "run") == kill.result(tmp_path / "undisturbed")

@@ -1,13 +1,12 @@
 """Prompts that have only failures are sampled again: which, what takes their place, and what follows from groups of
 different sizes. What is expected is put together from ordinary folders of trajectories, whose groups are all equal."""
 
-import subprocess
 import sys
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, identities, load_folder, processes, save_descendant
+from conftest import ROOT, identities, load_folder, processes, run_script, save_descendant
 from test_cropi import SAVED, chosen_of, run_small, times_of
 
 import cropi
@@ -219,8 +218,7 @@ def test_static_and_retry_contradict_each_other(small_world):
 
 
 def test_shown_groups_end_with_their_last_completion(folders):
-    command = [sys.executable, "rollout.py", "show", str(folders / "retried"), "--prompts", "60"]
-    shown = subprocess.run([*command, "--sort", "length"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    shown = run_script("rollout.py", "show", folders / "retried", "--prompts", 60, "--sort", "length").stdout
     made = groups(load_all_ragged(folders / "retried"))
     blocks = {int(block.partition(":")[0]): block.splitlines()[2:] for block in shown.split("prompt ")[1:]}
     assert {i: len(lines) for i, lines in blocks.items()} == {i: len(group) for i, group in made.items()}

@@ -222,10 +222,10 @@ def test_too_few_prompts_have_no_split_half():
 
 @pytest.mark.parametrize("policy", ["beta", "trained"])
 def test_noise_is_that_of_independent_draws(toy, tmp_path, policy):
-    """20 times, new trajectories of the same prompts from β: the standard deviation of a prompt's cosine (root mean
+    """10 times, new trajectories of the same prompts from β: the standard deviation of a prompt's cosine (root mean
     square over live prompts, mean over the sets), against what a draw says of itself (root mean square)."""
     beta, tokenizer = toy
-    path, data = TOY / "model", {"train": (300, 8), "valid-rev": (64, 16), "valid-srt": (64, 16)}
+    path, data = TOY / "model", {"train": (150, 8), "valid-rev": (64, 16), "valid-srt": (64, 16)}
     if policy == "trained":
         chosen = [i for i, row in enumerate(load_prompts(TOY / "train.jsonl")) if row["family"] in ("rev", "srt")]
         save_selection(tmp_path / "s", TOY / "train.jsonl", chosen)
@@ -233,8 +233,8 @@ def test_noise_is_that_of_independent_draws(toy, tmp_path, policy):
         path = tmp_path / "model"
     sketcher = project.GradientSketcher(rollout.load_model(path)[0], 4096, 1.0, seed=0)
     engine = rollout.TransformersEngine(beta, tokenizer)
-    cosine, noises = np.full((20, 300, 2), np.nan), []
-    for draw in range(20):
+    cosine, noises = np.full((10, 150, 2), np.nan), []
+    for draw in range(10):
         tensors, halves = {}, {}
         for number, (name, (count, samples)) in enumerate(data.items()):
             rows = load_prompts(TOY / f"{name}.jsonl")
@@ -250,7 +250,7 @@ def test_noise_is_that_of_independent_draws(toy, tmp_path, policy):
         cosine[draw, tensors["train"]["prompt_index"]] = select.cosines(pool, directions)
         valid_halves = np.array([[half.mean(0) for half in halves[name]] for name in data if name != "train"])
         noises.append(select.split_half(pool, first, valid_halves)["noise"] ** 2)
-    draws = (~np.isnan(cosine)).sum(0)  # (300, 2) in which the prompt was live
+    draws = (~np.isnan(cosine)).sum(0)  # (150, 2) in which the prompt was live
     often = (draws > 1).all(1)
     variance, draws = np.nanvar(cosine[:, often], 0, ddof=1), draws[often]
     truth = np.sqrt((variance * draws).sum(0) / draws.sum(0)).mean()

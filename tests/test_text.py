@@ -1,13 +1,14 @@
 """Text that looks like GSM8K: worded problems, `#### ` answers, a chat template, byte-level BPE, every data format."""
 
 import json
+import os
 import subprocess
 import sys
 
 import datasets
 import numpy as np
 import pytest
-from conftest import ROOT, load_all
+from conftest import ROOT, load_all, run_script
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
@@ -97,7 +98,7 @@ def test_a_run_passes_through_every_stage(world, tmp_path, engine):
     )
     models = [world / "model", out / "stage-01" / "model", out / "stage-02" / "model"]
     assert train.lineage(models[-1]) == [rollout.model_identity(model) for model in models]
-    again = subprocess.run([*map(str, command), "--out", str(out)], cwd=ROOT, capture_output=True, text=True)
+    again = run_script(*command[1:], "--out", out)
     assert again.returncode == 0 and "resuming: 2 of 2 stages trained" in again.stdout
     assert done.stdout.count("\n$ ") > 10 and "\n$ " not in again.stdout
     assert json.loads((out / "report.json").read_text()) == report
@@ -194,7 +195,8 @@ def test_long_prompts_are_dropped_and_counted(world, tmp_path, capsys):
 @pytest.mark.parametrize("option", [["--data", "openai/no-such-thing:main"], ["--model", "Qwen/no-such-model"]])
 def test_the_hub_out_of_reach_is_one_line(tmp_path, option):
     command = [sys.executable, "rollout.py", *option, "--out", str(tmp_path / "x")]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    offline = os.environ | {"HF_HUB_OFFLINE": "1"}  # else its library tries for half a minute
+    done = subprocess.run(command, cwd=ROOT, env=offline, capture_output=True, text=True, timeout=300)
     assert done.returncode == 2 and not (tmp_path / "x").exists()
     [line] = done.stderr.splitlines()
     assert line.startswith("error: ") and option[1] in line
