@@ -99,8 +99,8 @@ else:
 # some 40 steps and STALE after some 80. Share of prompts in common with a selection from many fresh trajectories:
 #
 #     after steps                        0      20      40      80     160
-#     selection from stored ones      0.68    0.57    0.45    0.34    0.27
-#     ... from 8 fresh ones a prompt  0.66    0.64    0.57    0.52    0.43
+#     selection from stored ones      0.68    0.53    0.40    0.28    0.23
+#     ... from 8 fresh ones a prompt  0.67    0.64    0.56    0.48    0.43
 STALE = 0.65  # effective sample size of trajectories
 VALID_STALE = 0.4  # ... of the worst validation set
 ALL_SOLVED = "all validation sets are solved"  # the one good reason to end a curriculum early

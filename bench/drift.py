@@ -1,6 +1,6 @@
 """Is the ranking by stored trajectories still that of the current policy? Estimator by estimator, stage by stage.
 
-    python bench/drift.py            # about twenty minutes on two cores; needs (or first makes) its runs
+    python bench/drift.py            # about an hour on two cores; needs (or first makes) its runs
 
 For the policies after 0, 1, 2, 4 and 8 stages of 20 steps: the prompts that influence selects (240 of 2,400)
 from the first policy's trajectories, for each of project.py's `--ratio`, are compared with those that it selects from
