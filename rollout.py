@@ -54,6 +54,7 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -1615,4 +1616,6 @@ def model_identity(folder: Path, check: bool = False) -> str:
 
 
 if __name__ == "__main__":
+    if sys.argv[1:2] == ["show"]:
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `show | head` ends quietly
     command_line(showing if sys.argv[1:2] == ["show"] else app)

@@ -18,15 +18,15 @@ The two fresh selections, the stored ones and the refreshed one have projection 
 Writes docs/drift.png and, with the diagnostics that project.py and select.py report meanwhile, docs/drift.json.
 """
 
-import argparse
 import json
 import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import get_args
+from typing import Annotated, get_args
 
 import numpy as np
+import typer
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
@@ -142,35 +142,42 @@ def draw(table: list[dict], fresh: int) -> None:
     figure.savefig(ROOT / "docs" / "drift.png", dpi=120)
 
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--fresh", type=int, default=32, help="trajectories per prompt and fresh selection")
-    parser.add_argument("--runs", type=Path, default=ROOT / "runs", help="folder of the runs")
-    arguments = parser.parse_args()
+app = typer.Typer(**rollout.PLAIN)
+
+
+@app.command(help=__doc__.splitlines()[0])
+def drift(
+    seeds: Annotated[int, typer.Option(min=1, help="Seeds 0, 1, ...")] = 3,
+    fresh: Annotated[int, typer.Option(min=1, help="Trajectories per prompt and fresh selection.")] = 32,
+    runs: Annotated[Path, typer.Option(help="Folder of the runs.")] = ROOT / "runs",
+) -> None:
     table = []
-    pairs = [(seed, stage) for seed in range(arguments.seeds) for stage in STAGES]
+    pairs = [(seed, stage) for seed in range(seeds) for stage in STAGES]
     for seed, stage in tqdm(pairs, desc="drift", unit="policy"):
-        run = arguments.runs / f"influence-20-steps-{seed}"
+        run = runs / f"influence-20-steps-{seed}"
         command = [sys.executable, str(ROOT / "cropi.py"), "run", "--seed", str(seed), "--set", "train.steps=20"]
         command += ["--out", str(run)]
         subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)  # what is there is not made again
-        folder = arguments.runs / f"drift-{arguments.fresh}" / f"{seed}-{stage}"
+        folder = runs / f"drift-{fresh}" / f"{seed}-{stage}"
         file = folder / "agreement.json"
         made_by = [project.CODE | select.CODE, ESTIMATORS]
         row = json.loads(file.read_text()) if file.exists() else {}
         if row.get("made_by") != json.loads(json.dumps(made_by)):
-            row = compare(run, folder, stage, seed, arguments.fresh) | {"made_by": made_by}
+            row = compare(run, folder, stage, seed, fresh) | {"made_by": made_by}
             for path in folder.iterdir():
                 shutil.rmtree(path)
             with rollout.new_file(file) as temporary:
                 temporary.write_text(json.dumps(row, indent=1) + "\n")
         table.append({name: value for name, value in row.items() if name != "made_by"})
-    (ROOT / "docs" / "drift.json").write_text(json.dumps({"fresh": arguments.fresh, "table": table}, indent=1) + "\n")
-    draw(table, arguments.fresh)
+    (ROOT / "docs" / "drift.json").write_text(json.dumps({"fresh": fresh, "table": table}, indent=1) + "\n")
+    draw(table, fresh)
     names = list(table[0]["agreement"])
     print("| stages | " + " | ".join(names) + " |\n|" + "---|" * (len(names) + 1))
     for stage in STAGES:
         rows = [row["agreement"] for row in table if row["stage"] == stage]
         cells = [f"{np.mean([row[name] for row in rows]):.2f}" for name in names]
         print(f"| {stage} | " + " | ".join(cells) + " |")
+
+
+if __name__ == "__main__":
+    rollout.command_line(app)

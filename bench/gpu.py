@@ -9,7 +9,6 @@ the share of what a large matrix product in bfloat16 reaches on this device, and
 expects. vLLM, datasets, math-verify and pebble may be missing; what needs vLLM is left out then.
 """
 
-import argparse
 import functools
 import gc
 import importlib.util
@@ -22,6 +21,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Annotated
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -30,6 +30,7 @@ import numpy as np  # noqa: E402
 import plan  # noqa: E402
 import torch  # noqa: E402
 import transformers  # noqa: E402
+import typer  # noqa: E402
 from peers import save_tokenizer  # noqa: E402
 from transformers import AutoConfig, AutoModelForCausalLM  # noqa: E402
 
@@ -158,19 +159,24 @@ def measure(config: Path, prompts: int, length: int, tokens: int) -> dict:
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", type=Path, default=ROOT / "bench/configs/Qwen2.5-1.5B-Instruct.json")
-    parser.add_argument("--prompts", type=int, default=64)
-    parser.add_argument("--prompt-tokens", type=int, default=128)
-    parser.add_argument("--completion-tokens", type=int, default=128)
-    parser.add_argument("--json", type=Path, default=ROOT / "docs/gpu.json")
-    parser.add_argument("--cpu", action="store_true", help="run without a GPU, to try this script")
-    arguments = parser.parse_args()
-    if not torch.cuda.is_available() and not arguments.cpu:
-        if not arguments.json.exists():
-            arguments.json.write_text(json.dumps({"device": "not run"}) + "\n")
-        sys.exit("error: no GPU here; --cpu tries the script without one")
+app = typer.Typer(**rollout.PLAIN)
+
+
+@app.command(help=__doc__.splitlines()[0])
+def gpu(
+    config: Annotated[Path, typer.Option(help="config.json of the model.")] = (
+        ROOT / "bench/configs/Qwen2.5-1.5B-Instruct.json"
+    ),
+    prompts: Annotated[int, typer.Option(min=2, help="To sample; half of them are scored, and trained on.")] = 64,
+    prompt_tokens: Annotated[int, typer.Option(min=1, help="Of each.")] = 128,
+    completion_tokens: Annotated[int, typer.Option(min=1, help="Of each.")] = 128,
+    out: Annotated[Path, typer.Option("--json", help="File to write.")] = ROOT / "docs/gpu.json",
+    cpu: Annotated[bool, typer.Option("--cpu", help="Run without a GPU, to try this script.")] = False,
+) -> None:
+    if not torch.cuda.is_available() and not cpu:
+        if not out.exists():
+            out.write_text(json.dumps({"device": "not run"}) + "\n")
+        raise rollout.BadInput("no GPU here; --cpu tries the script without one")
     clock, marks = time.perf_counter(), "gpu or vllm" if importlib.util.find_spec("vllm") else "gpu"
     files = ["tests/test_gpu.py", *(["tests/test_vllm.py"] if "vllm" in marks else [])]
     command = [sys.executable, "-m", "pytest", "-q", "-m", marks, *files]
@@ -180,10 +186,10 @@ def main() -> None:
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     versions = {"torch": torch.__version__, "transformers": transformers.__version__, "python": sys.version.split()[0]}
     found = {"device": name, **versions, "tests": summary, "tests_passed": tests.returncode == 0}
-    found |= measure(arguments.config, arguments.prompts, arguments.prompt_tokens, arguments.completion_tokens)
-    arguments.json.write_text(json.dumps(found | {"seconds": time.perf_counter() - clock}, indent=1) + "\n")
+    found |= measure(config, prompts, prompt_tokens, completion_tokens)
+    out.write_text(json.dumps(found | {"seconds": time.perf_counter() - clock}, indent=1) + "\n")
     sys.exit(tests.returncode)
 
 
 if __name__ == "__main__":
-    main()
+    rollout.command_line(app)

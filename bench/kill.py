@@ -17,7 +17,6 @@ With `--processes N`, one process of each run is killed, at a moment drawn over 
 `--max-restarts` does the rest. A moment at which the process is not there is drawn again.
 """
 
-import argparse
 import multiprocessing
 import os
 import random
@@ -31,6 +30,9 @@ import time
 from collections import Counter
 from contextlib import suppress
 from pathlib import Path
+from typing import Annotated
+
+import typer
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -39,13 +41,15 @@ import datasets  # noqa: E402, F401  (imported now and not in every process)
 import matplotlib.figure  # noqa: E402, F401
 import safetensors.numpy  # noqa: E402
 import torch  # noqa: E402
+from tqdm import tqdm  # noqa: E402
 
 import cropi  # noqa: E402
+import rollout  # noqa: E402
 from rollout import TOY, digest, peek  # noqa: E402
 
 SETTINGS = (
     *("project.halves=20", "project.k=64", "valid.samples=4", "test.samples=2", "rollout.batch_tokens=1500"),
-    *("train.steps=30", "train.batch_prompts=16", "train.lr=1e-3", "train.save_every=0"),
+    *("train.steps=12", "train.batch_prompts=16", "train.lr=1e-3", "train.save_every=0"),
 )
 SIZES = {"train": 60, "valid-rev": 12, "test-rev": 10}
 PER_RUN = 5  # kills
@@ -169,6 +173,7 @@ def survive(kills: int, seed: int) -> tuple[Counter, Counter]:
         expected = result(world / "warm")
         assert len(expected) > 50
         number = 0
+        bar = tqdm(total=kills, desc="kills", unit="kill", disable=None)
         while met.total() < kills:
             working, idle = complete(world / f"whole-{number}"), complete(world / f"whole-{number}", pictures=False)
             check(world / f"whole-{number}", expected)
@@ -188,10 +193,11 @@ def survive(kills: int, seed: int) -> tuple[Counter, Counter]:
                 else:
                     assert process.exitcode == 0, f"ended with {process.exitcode} after {met.total()} kills"
                     met[LATE] += 1
+                bar.update()
             complete(out)
             check(out, expected)
             said = f"run {number}: the same as undisturbed ({working:.1f} s, with nothing to do {idle:.1f} s)"
-            print(f"{said}; {met.total()} moments so far", flush=True)
+            tqdm.write(f"{said}; {met.total()} moments so far")
     return met, kinds
 
 
@@ -255,18 +261,25 @@ def survive_restarts(processes: int, kills: int, seed: int) -> None:
         print(f"{shard}: {found} processes killed in runs of {working:.1f} s ({late}); all ended the same")
 
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=100)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--processes", type=int, default=1)
-    arguments = parser.parse_args()
-    if arguments.processes > 1:
-        survive_restarts(arguments.processes, arguments.kills, arguments.seed)
-        sys.exit()
-    met, kinds = survive(arguments.kills, arguments.seed)
+app = typer.Typer(**rollout.PLAIN)
+
+
+@app.command(help=__doc__.splitlines()[0])
+def main(
+    kills: Annotated[int, typer.Option(min=1, help="In all.")] = 100,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    processes: Annotated[int, typer.Option(min=1, help="Of each run.")] = 1,
+) -> None:
+    if processes > 1:
+        survive_restarts(processes, kills, seed)
+        return
+    met, kinds = survive(kills, seed)
     for name, count in met.most_common():
         print(f"{count:4d}  {name}")
     found = met.total() - met[LATE]
     print(f"{met.total()} moments: {found} found the process alive", end="")
     print("".join(f", {kinds[kind]} {kind}" for kind in (TRAINING, TEMPORARY)) + "; all runs ended the same")
+
+
+if __name__ == "__main__":
+    rollout.command_line(app)

@@ -17,15 +17,16 @@ Correlations over prompts, of ranks and of values, with 95% bootstrap intervals,
 docs/one_step.png, and printed.
 """
 
-import argparse
 import json
 import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Annotated
 
 import numpy as np
 import torch
+import typer
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
@@ -201,15 +202,18 @@ def draw(studies: dict[int, dict], table: list[dict]) -> None:
     figure.savefig(ROOT / "docs" / "one_step.png", dpi=120)
 
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--prompts", type=int, default=400)
-    parser.add_argument("--runs", type=Path, default=ROOT / "runs", help="folder of the runs")
-    arguments = parser.parse_args()
-    run = arguments.runs / "influence-20-steps-0"
+app = typer.Typer(**rollout.PLAIN)
+
+
+@app.command(help=__doc__.splitlines()[0])
+def one_step(
+    prompts: Annotated[int, typer.Option(min=1, help="Prompts of the pool that are stepped on.")] = 400,
+    runs: Annotated[Path, typer.Option(help="Folder of the runs.")] = ROOT / "runs",
+) -> None:
+    run = runs / "influence-20-steps-0"
     command = [sys.executable, str(ROOT / "cropi.py"), "run", "--set", "train.steps=20", "--out", str(run)]
     subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)  # what is there is not made again
-    studies = {stage: study(run, stage, arguments.prompts) for stage in STAGES}
+    studies = {stage: study(run, stage, prompts) for stage in STAGES}
     table, checks = [], {}
     for stage, found in studies.items():
         for step in ("fresh", "stored"):
@@ -230,7 +234,7 @@ if __name__ == "__main__":
                 name: float(load_set(run / f"rollouts/valid-{name}", "trajectories")["rewards"].mean())
                 for name in VALID
             }
-    result = {"eta": ETA, "fresh": FRESH, "prompts": arguments.prompts, "checks": checks, "correlations": table}
+    result = {"eta": ETA, "fresh": FRESH, "prompts": prompts, "checks": checks, "correlations": table}
     (ROOT / "docs" / "one_step.json").write_text(json.dumps(result, indent=1) + "\n")
     draw(studies, table)
     print(json.dumps(checks))
@@ -238,3 +242,7 @@ if __name__ == "__main__":
     for row in table:
         texts = [f"{row[name][0]:.2f} [{row[name][1]:.2f}, {row[name][2]:.2f}]" for name in ("spearman", "pearson")]
         print(f"| {row['stage']} | {row['step']} | {row['set']} | {row['predictor']} | {' | '.join(texts)} |")
+
+
+if __name__ == "__main__":
+    rollout.command_line(app)

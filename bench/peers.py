@@ -884,4 +884,7 @@ if __name__ == "__main__":
     elif arguments.page:
         write_page(json.loads(FILE.read_text()))
     else:
-        main(arguments.only, arguments.again, arguments.work)
+        try:
+            main(arguments.only, arguments.again, arguments.work)
+        except KeyboardInterrupt:
+            sys.exit(130)

@@ -27,7 +27,6 @@ scale      project.py and select.py on synthetic trajectories, up to 50,000 prom
 Writes docs/projection.json and docs/projection.png and prints tables.
 """
 
-import argparse
 import json
 import math
 import os
@@ -39,9 +38,11 @@ import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
+import typer
 from matplotlib.figure import Figure
 from one_step import load_folder, ranks
 from speed import best_plain, timed
@@ -479,25 +480,30 @@ def tables(result: dict) -> None:
         print(f"| {row['method']} | {place} | {row['ms_per_prompt']:.2f} | {' | '.join(ratios)} |")
 
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", choices=["precision", "speed", "scale", "two_sided"], help="one part")
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--every", type=int, default=2, help="of the live prompts, every one or every second ...")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--runs", type=Path, default=ROOT / "runs", help="folder of the runs")
-    arguments = parser.parse_args()
-    run = make_run(arguments.runs / "influence-20-steps-0", stages=8)
+app = typer.Typer(**rollout.PLAIN)
+
+
+@app.command(help=__doc__.splitlines()[0])
+def measure(
+    only: Annotated[
+        Literal["precision", "speed", "scale", "two_sided"] | None, typer.Option(help="One part.  [default: all]")
+    ] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Seeds of the projection.")] = 3,
+    every: Annotated[int, typer.Option(min=1, help="Of the live prompts, every one or every second ...")] = 2,
+    rounds: Annotated[int, typer.Option(min=1, help="Of the timings.")] = 5,
+    runs: Annotated[Path, typer.Option(help="Folder of the runs.")] = ROOT / "runs",
+) -> None:
+    run = make_run(runs / "influence-20-steps-0", stages=8)
     file = ROOT / "docs" / "projection.json"
     result = json.loads(file.read_text()) if file.exists() else {}
     parts = {
-        "speed": lambda: speed(run, arguments.rounds),
+        "speed": lambda: speed(run, rounds),
         "scale": lambda: scale(run, (1_000, 5_000, 20_000, 50_000)),
-        "precision": lambda: precision(run, arguments.seeds, arguments.every),
-        "two_sided": lambda: two_sided(arguments.runs, arguments.seeds, arguments.every),
+        "precision": lambda: precision(run, seeds, every),
+        "two_sided": lambda: two_sided(runs, seeds, every),
     }
     for part, work in parts.items():
-        if arguments.only in (None, part):
+        if only in (None, part):
             result[part] = work()
             result |= {"cores": os.cpu_count(), "torch": torch.__version__, "python": platform.python_version()}
             file.write_text(json.dumps(result, indent=1) + "\n")
@@ -506,3 +512,7 @@ if __name__ == "__main__":
     if {"precision", "speed"} <= set(result):
         draw(result)
         tables(result)
+
+
+if __name__ == "__main__":
+    rollout.command_line(app)

@@ -9,7 +9,6 @@ are two plain ones. "repeated" is how trainers usually lay trajectories out: eve
 loss, `.backward()`. "shared" is `train.py`'s own pass, which computes a prompt once for its K completions.
 """
 
-import argparse
 import itertools
 import json
 import os
@@ -21,7 +20,10 @@ import tempfile
 import time
 from functools import partial
 from pathlib import Path
+from typing import Annotated
 from unittest import mock
+
+import typer
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -200,15 +202,22 @@ def whole_run() -> dict:
     return {"seconds": seconds, "parts": parts, "safety": child["spent"]}
 
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--no-run", action="store_true")
-    arguments = parser.parse_args()
+app = typer.Typer(**rollout.PLAIN)
+
+
+@app.command(help=__doc__.splitlines()[0])
+def measure(
+    rounds: Annotated[int, typer.Option(min=1, help="Of each comparison, in turn.")] = 7,
+    no_run: Annotated[bool, typer.Option("--no-run", help="Without the default run; writes nothing.")] = False,
+) -> None:
     result = {"cores": os.cpu_count(), "torch": torch.__version__, "python": platform.python_version()}
-    result["sampling"] = sampling(arguments.rounds)
-    result["sharing_heads"] = sharing_heads(arguments.rounds)
-    result["scoring"] = scoring(arguments.rounds)
-    if not arguments.no_run:
+    result["sampling"] = sampling(rounds)
+    result["sharing_heads"] = sharing_heads(rounds)
+    result["scoring"] = scoring(rounds)
+    if not no_run:
         result["default_run"] = whole_run()
         (ROOT / "docs" / "speed.json").write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    rollout.command_line(app)

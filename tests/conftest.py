@@ -34,23 +34,27 @@ def processes(count: int, *words: object) -> subprocess.CompletedProcess:
     return subprocess.run([*launch, *map(str, words)], env=THREADS, capture_output=True, text=True, timeout=300)
 
 
-def run_script(*words: object) -> subprocess.CompletedProcess:
-    """`python SCRIPT ...` from the project's folder, in a process of its own. It is a fork of this one, which has made
-    the imports: they take longer than most commands. (CUDA forbids forks.)"""
+def run_script(*words: object, home: Path = ROOT) -> subprocess.CompletedProcess:
+    """`python SCRIPT ...` in a process of its own, in the project's folder or one with a copy of the scripts. It is
+    a fork of this process, which has made the imports: they take longer than most commands. (CUDA forbids forks.)"""
     command = list(map(str, words))
     if torch.cuda.is_available():
-        return subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True)
+        return subprocess.run([sys.executable, *command], cwd=home, capture_output=True, text=True)
     with tempfile.TemporaryFile("w+") as output, tempfile.TemporaryFile("w+") as error:
-        fork = multiprocessing.get_context("fork").Process(target=_as_main, args=(command, output, error))
+        fork = multiprocessing.get_context("fork").Process(target=_as_main, args=(command, home, output, error))
         fork.start()
         fork.join()
         said = [file.seek(0) or file.read() for file in (output, error)]
     return subprocess.CompletedProcess(command, fork.exitcode, *said)
 
 
-def _as_main(command: list[str], output, error) -> None:
-    os.chdir(ROOT)
+def _as_main(command: list[str], home: Path, output, error) -> None:
+    os.chdir(home)
     sys.argv, sys.stdout, sys.stderr = command, output, error
+    if home != ROOT:  # the scripts there
+        sys.path.insert(0, str(home))
+        for name in ("rollout", "train", "project", "cropi"):
+            del sys.modules[name]
     runpy.run_path(command[0], run_name="__main__")
 
 

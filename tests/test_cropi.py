@@ -460,15 +460,15 @@ def test_settings_reach_their_stage():
 
 
 def test_influence_finds_the_target_families(tmp_path):
-    """A shortened loop on half of the bundled world: two stages of 10 steps."""
+    """A shortened loop on a quarter of the bundled world: two stages of 10 steps."""
     settings = ["train.steps=10", "test.samples=1", "valid.samples=16"]
-    cropi.run(stages=2, out=tmp_path / "run", assignments=settings, limit=1200)
+    cropi.run(stages=2, out=tmp_path / "run", assignments=settings, limit=600)
     report = json.loads((tmp_path / "run" / "report.json").read_text())
-    pool = load_prompts(TOY / "train.jsonl", limit=1200)
+    pool = load_prompts(TOY / "train.jsonl", limit=600)
     share = np.mean([row["family"] in ("rev", "srt") for row in pool])
     for stage in (1, 2):
         chosen = chosen_of(tmp_path / "run" / f"stage-0{stage}")
-        assert len(chosen) == 120
+        assert len(chosen) == 60
         assert np.mean([pool[i]["family"] in ("rev", "srt") for i in chosen]) >= 2 * share
     start, _, end = (np.mean([e["accuracy"][name] for name in ("rev", "srt")]) for e in report["evaluations"])
     assert end > start + 0.1

@@ -566,9 +566,9 @@ print(*peaks)
 
 
 def test_peak_memory_does_not_grow_with_the_number_of_prompts(tmp_path):
-    """50 and 500 live prompts and more, in shards of one size; held in memory, the sketches of the latter would take
-    65 MB."""
-    for name, count in (("few", 120), ("many", 1200)):
+    """50 and 300 live prompts and more, in shards of one size; held in memory, the sketches of the latter would take
+    40 MB."""
+    for name, count in (("few", 120), ("many", 720)):
         rollout.rollout(out=tmp_path / name, limit=count, shard=25)
     done = subprocess.run(
         [sys.executable, "-c", MEMORY, tmp_path / "few", tmp_path / "many"],
@@ -580,8 +580,8 @@ def test_peak_memory_does_not_grow_with_the_number_of_prompts(tmp_path):
     )
     few, many = map(int, done.stdout.splitlines()[-1].split())
     unit = 1 if sys.platform == "darwin" else 1024
-    assert sum(path.stat().st_size for path in (tmp_path / "many-gradients").iterdir()) > 65e6
-    assert (many - few) * unit < 20e6
+    assert sum(path.stat().st_size for path in (tmp_path / "many-gradients").iterdir()) > 40e6
+    assert (many - few) * unit < 15e6
 
 
 def test_weights_too_large_for_float32_are_refused_and_a_cap_helps(moved, ragged):

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 import typer
-from conftest import ROOT, load_folder
+from conftest import ROOT, load_folder, run_script
 
 import cropi
 import project
@@ -68,6 +68,8 @@ def command(home: Path, *words: str, processes: int | None = None) -> list[str]:
 
 
 def run(home: Path, words: list[str]) -> subprocess.CompletedProcess:
+    if words[1] != "-m":
+        return run_script(*words[1:], home=home)
     threads = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.run(words, cwd=home, env=threads, capture_output=True, text=True)
 
@@ -81,6 +83,7 @@ def contents(folder: Path) -> dict[Path, bytes]:
 # Processes
 
 
+@pytest.mark.dist
 def test_the_number_of_processes_changes_nothing(home):
     """12 shards of training prompts, 3 of validation and 2 of test prompts. Training changes by rounding
     (test_dist.py), so what comes after it does."""
