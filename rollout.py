@@ -941,7 +941,8 @@ def sequence_attention(
     rows = [x.transpose(1, 2).flatten(0, 1).to(value.dtype) for x in (query, key, value)]  # (P*W, heads, head size)
     q, k, v = (x.index_select(0, places) for x, places in zip(rows, (s.queries, s.keys, s.keys), strict=True))
     few, many = zip(*s.widths, strict=True)
-    if q.is_cuda and q.dtype == torch.bfloat16 and q.shape[2] <= 256 and q.shape[2] % 8 == 0:  # what the kernel can do
+    modern = q.is_cuda and q.dtype == torch.bfloat16 and torch.cuda.get_device_capability(q.device) >= (8, 0)
+    if modern and q.shape[2] % 8 == 0 and q.shape[2] <= 256:  # what torch's kernel asks for
         from torch.nn.attention.varlen import varlen_attn
 
         options = {"scale": others["scaling"], "enable_gqa": True, "window_size": (-1, 0)}  # causal: the last sees all
