@@ -66,14 +66,13 @@ from __future__ import annotations  # no annotation below is evaluated when this
 
 if __name__ == "select":
     # Python has imported this file by mistake. Someone asked for the standard library's `select` (subprocess, asyncio,
-    # pytest ...), and this folder comes first on sys.path. Find the real one on a path without this folder.
+    # pytest ...), and this folder comes first on sys.path. Find the real one on a path without such folders.
     import importlib.machinery
     import importlib.util
     import os
     import sys
 
-    _here = os.path.dirname(os.path.abspath(__file__))
-    _path = [entry for entry in sys.path if os.path.abspath(entry or os.curdir) != _here]
+    _path = [entry for entry in sys.path if not os.path.exists(os.path.join(entry, "select.py"))]
     _spec = importlib.machinery.PathFinder.find_spec("select", _path)
     assert _spec and _spec.loader
     _module = importlib.util.module_from_spec(_spec)

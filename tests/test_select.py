@@ -625,6 +625,8 @@ def test_the_standard_librarys_select_is_found(python, tmp_path):
     shutil.copy(ROOT / "select.py", tmp_path)  # a spawned child has the script's folder on its path, so ours beside it
     (tmp_path / "spawn.py").write_text(SPAWN)
     assert run(str(tmp_path / "spawn.py")).stdout.split() == ["child"]
+    env["PYTHONPATH"] = str(ROOT)  # two folders with such a file
+    assert run(str(tmp_path / "spawn.py")).stdout.split() == ["child"]
     (tmp_path / "debugged.py").write_text("import select\nprint(select.poll is not None)\n")
     debugged = run("-m", "pdb", "-c", "continue", str(tmp_path / "debugged.py"), input="quit\n")
     assert "True" in debugged.stdout, debugged.stderr
