@@ -179,6 +179,8 @@ def plan(
         if name in given:
             require(given[name].isdigit(), f"--prompts {name}={given[name]}: not a number")
             return int(given[name])
+        if not Path(source).exists():
+            print(f"{source}: asking the Hub", file=sys.stderr)
         try:
             return len(cropi.read(settings, "rollout" if name == "train" else name.partition("-")[0], source))
         except BadInput as error:
