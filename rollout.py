@@ -26,8 +26,8 @@ no top-p and no top-k, because both would change the ratios π/β in the off-pol
 
 Numbers are float32. On CUDA, rollouts and scoring have bfloat16 weights by default, and training has float32 weights
 with bfloat16 products (`--dtype`); log-softmax, advantages, AdamW's moments and sketches stay float32. Attention is
-torch's scaled_dot_product_attention ("sdpa"). On CPUs, the same command gives the same bytes with the same number of
-threads. On GPUs, `--deterministic` asks torch for algorithms that give the same bytes, too.
+torch's scaled_dot_product_attention ("sdpa"), or its varlen_attn. On CPUs, the same command gives the same bytes with
+the same number of threads. On GPUs, `--deterministic` asks torch for algorithms that give the same bytes, too.
 
 Deviations from the paper (and from its released code):
  1. Log-probs of β are stored when they are sampled (released: recomputed by the base model at temperature 1).
@@ -373,7 +373,8 @@ def retry_recipes(recipe: dict, folder: Path) -> list[dict]:
 
 
 showing = typer.Typer(**PLAIN)
-showing.callback()(lambda: None)  # makes `show` a subcommand
+# A callback makes `show` a subcommand. `show | head` ends quietly.
+showing.callback()(lambda: signal.signal(signal.SIGPIPE, signal.SIG_DFL))
 
 
 @showing.command(help="Print what a model said: prompts, and completions with reward, advantage Â and tokens.")
@@ -966,6 +967,11 @@ def our_attention() -> str:
     return "cropi"
 
 
+# A batch that is sampled on CUDA has so many times the tokens. A step of many sequences takes as long there as one of
+# few, and sampling keeps no activations: on an H200 it was 10 times as fast (bench/gpu.py).
+WIDER = 8
+
+
 class TransformersEngine:
     """Batched sampling with a KV cache, on any causal language model of transformers.
 
@@ -973,9 +979,7 @@ class TransformersEngine:
     """
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_tokens: int = 16384):
-        # On a GPU a step of many sequences takes as long as one of few, and sampling keeps no activations: with 8 times
-        # the tokens in a batch it was 10 times as fast on an H200 (bench/gpu.py).
-        self.model, self.batch_tokens = model, batch_tokens * (8 if model.device.type == "cuda" else 1)
+        self.model, self.batch_tokens = model, batch_tokens * (WIDER if model.device.type == "cuda" else 1)
         ends = model.generation_config.eos_token_id
         ends = tokenizer.eos_token_id if ends is None else ends
         require(ends is not None, "neither generation_config.json nor the tokenizer names an end token (eos_token)")
@@ -1617,6 +1621,4 @@ def model_identity(folder: Path, check: bool = False) -> str:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["show"]:
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `show | head` ends quietly
     command_line(showing if sys.argv[1:2] == ["show"] else app)

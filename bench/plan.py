@@ -227,7 +227,7 @@ def plan(
     weights = (4 if roll["dtype"] == "float32" else 2) * costs.weights
     vllm = 0 if roll["engine"] == "hf" else roll["gpu_memory"] * device_memory * 1e9
     if not vllm:  # a batch on CUDA
-        vllm = 8 * roll["batch_tokens"] * (costs.cached + 20 * costs.vocabulary / (p + c))
+        vllm = rollout.WIDER * roll["batch_tokens"] * (costs.cached + 20 * costs.vocabulary / (p + c))
 
     def add_rollouts(what: str, groups: int, samples: int) -> None:
         # bytes: prompt_index and prompt_length, ids; of each sample length, reward, truncated; ids and log-probs

@@ -235,7 +235,7 @@ def test_a_report_that_was_kept_stands_for_its_run(small_world, capsys):
         return [x for one in values for x in leaves(one)] if isinstance(value, dict | list) else [float(value or 0)]
 
     assert [row.pop("arm") for row in by_file] == [row.pop("arm") for row in by_folder]
-    assert leaves(by_file) == pytest.approx(leaves(by_folder), rel=1e-4, abs=1e-5)  # kept with six digits
+    assert leaves(by_file) == pytest.approx(leaves(by_folder), rel=1e-4, abs=1e-5)  # spreads of six-digit seconds
     before = contents(kept)
     shutil.rmtree(out)
     ablate.ablate(common, arms, out=out, **how)

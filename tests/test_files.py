@@ -1,5 +1,6 @@
 """What is whole is kept, what is not is named: kills, corruption, locks, Ctrl-C, full disks, hostile files, NaN."""
 
+import functools
 import json
 import multiprocessing
 import os
@@ -443,9 +444,9 @@ def test_ctrl_c_ends_with_the_command_that_goes_on(whole, tmp_path):
     words += ["--valid", str(whole / "valid-rev.jsonl"), "--test", str(whole / "test-rev.jsonl")]
     words += [word for setting in settings for word in ("--set", setting)]
     where = {"cwd": ROOT, "env": os.environ | {"OMP_NUM_THREADS": "1"}}
-    process = subprocess.Popen(
-        [sys.executable, *words], **where, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    heard = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a shell's background jobs ignore it
+    process = subprocess.Popen([sys.executable, *words], **where, **pipes, preexec_fn=heard)
     saved = "stage-01/checkpoint/*/00000.safetensors"
     while process.poll() is None and not list((tmp_path / "run").glob(saved)):
         time.sleep(0.01)

@@ -132,7 +132,7 @@ def test_sketches_keep_inner_products(policy, dtype, allowed):
 
 
 def test_deterministic_gives_the_same_bytes(policy, monkeypatch):
-    """Gradients of training and sketches, a second time; on a GPU without the option they differ."""
+    """Gradients of training and sketches, a second time."""
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     rollout.use_deterministic(True)
     try:

@@ -206,7 +206,7 @@ def test_batching_changes_nothing(moved, ragged, change, monkeypatch):
     if change == "padding":  # three more columns of it
         for name, value in (("ids", 0), ("position", 0), ("segment", -1)):
             setattr(batch, name, nn.functional.pad(getattr(batch, name), (0, 3), value=value))
-    if change == "long":  # attention completion by completion
+    if change == "long":  # attention sequence by sequence
         monkeypatch.setattr(train, "LONG", 1)
     if change == "logits":  # those of a few columns at a time
         monkeypatch.setattr(train, "LOGITS", 5000)

@@ -167,7 +167,7 @@ def gradients(model, initial, trajectories, **options):
     return {name: parameter.grad for name, parameter in model.named_parameters()}, measured
 
 
-@pytest.mark.parametrize("long", [train.LONG, 1])  # one call of attention under a mask; two ordinary ones
+@pytest.mark.parametrize("long", [train.LONG, 1])  # one call of attention under a mask; sequence by sequence
 @pytest.mark.parametrize("logits", [train.LOGITS, 500])  # at once; a few columns at a time
 def test_gradient_is_that_of_the_formula(moved, toy, ragged, long, logits, monkeypatch):
     """J of the file's head, written out sequence by sequence, token by token, and differentiated by autograd, all in
