@@ -121,9 +121,10 @@ class Live(TorchDispatchMode):
             if torch.is_tensor(x):
                 storage = x.untyped_storage()
                 self.storages.setdefault(storage._cdata, StorageWeakRef(storage))
-        self.storages = {key: weak for key, weak in self.storages.items() if not weak.expired()}
-        alive = (torch.UntypedStorage._new_with_weak_ptr(weak.cdata) for weak in self.storages.values())
-        self.peak = max(self.peak, sum(storage.nbytes() for storage in alive))  # FSDP resizes them
+        alive = {key: torch.UntypedStorage._new_with_weak_ptr(weak.cdata) for key, weak in self.storages.items()}
+        alive = {key: storage for key, storage in alive.items() if storage is not None}  # gloo's threads free some, too
+        self.storages = {key: self.storages[key] for key in alive}
+        self.peak = max(self.peak, sum(storage.nbytes() for storage in alive.values()))  # FSDP resizes them
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         made = function(*args, **(kwargs or {}))
